@@ -1,0 +1,93 @@
+"""bdcore: a pluggy host for backdoor attacks and defenses on image classifiers.
+
+The names below are all that a plugin needs. They load on first use, so that `import bdcore` does not import torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from bdcore.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from bdcore.artifacts import (
+        Architecture,
+        Dataset,
+        DefenseInput,
+        Labelled,
+        Outcome,
+        Trigger,
+        Verdict,
+    )
+    from bdcore.context import Context
+    from bdcore.contract import Attack, AttackConfig, DatasetPlugin, Defense, PluginConfig
+    from bdcore.errors import DataError, DefenseError
+    from bdcore.models import build, split_head
+    from bdcore.ops import blend_trigger, model_contrastive_loss
+    from bdcore.training import Batch, Recipe, fit, forward_batches, frozen_copy
+
+_HOME = {
+    "Architecture": "artifacts",
+    "Dataset": "artifacts",
+    "DefenseInput": "artifacts",
+    "Labelled": "artifacts",
+    "Outcome": "artifacts",
+    "Trigger": "artifacts",
+    "Verdict": "artifacts",
+    "Context": "context",
+    "Attack": "contract",
+    "AttackConfig": "contract",
+    "DatasetPlugin": "contract",
+    "Defense": "contract",
+    "PluginConfig": "contract",
+    "DataError": "errors",
+    "DefenseError": "errors",
+    "build": "models",
+    "split_head": "models",
+    "blend_trigger": "ops",
+    "model_contrastive_loss": "ops",
+    "Batch": "training",
+    "Recipe": "training",
+    "fit": "training",
+    "forward_batches": "training",
+    "frozen_copy": "training",
+}
+
+__all__ = [
+    "Architecture",
+    "Attack",
+    "AttackConfig",
+    "Batch",
+    "Context",
+    "DataError",
+    "Dataset",
+    "DatasetPlugin",
+    "Defense",
+    "DefenseError",
+    "DefenseInput",
+    "Labelled",
+    "Outcome",
+    "PluginConfig",
+    "Recipe",
+    "Trigger",
+    "Verdict",
+    "blend_trigger",
+    "build",
+    "fit",
+    "forward_batches",
+    "frozen_copy",
+    "hookimpl",
+    "model_contrastive_loss",
+    "split_head",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'bdcore' has no attribute {name!r}")
+    value = getattr(import_module(f"bdcore.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

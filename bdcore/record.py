@@ -1,0 +1,133 @@
+"""A run's record and folder: what was done, what it achieved and cost, and the models."""
+
+import json
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bdcore.artifacts import Architecture, Dataset, Poisoned, Scores, Verdict
+from bdcore.config import Chosen, RunConfig
+from bdcore.errors import StoreError, UsageError
+from bdcore.machine import processor_name
+from bdcore.stages.evaluate import defense_effectiveness, verdict_correct
+from bdcore.store import Entry, sha256_file, write_json
+
+SCHEMA = 1
+
+
+def make_record(
+    run_id: str,
+    config: RunConfig,
+    oracles: Mapping[str, tuple[str, ...]],
+    dataset: Dataset,
+    poisoned: Poisoned,
+    trained: Entry,
+    victim: Scores,
+    defended: list[tuple[Chosen, Entry, Scores]],
+    device: torch.device,
+    precision: str,
+) -> dict[str, Any]:
+    """The record without its artifacts: JSON values, figures as fractions of 1, null where there is nothing to measure."""
+    attacks = [config.attack] if config.attack else []
+    plugins = [config.dataset, *attacks, *config.defenses]
+    return {
+        "schema": SCHEMA,
+        "run": {"id": run_id},
+        "config": config.record(),
+        "seed": config.run.seed,
+        "plugins": [
+            {
+                "name": chosen.plugin.name,
+                "kind": chosen.plugin.kind,
+                "distribution": chosen.plugin.distribution,
+                "version": chosen.plugin.version,
+                "oracle": list(oracles.get(chosen.plugin.name, ())),
+            }
+            for chosen in plugins
+        ],
+        "dataset": {
+            "name": dataset.name,
+            "train": len(dataset.train),
+            "test": len(dataset.test),
+            "classes": dataset.classes,
+            "fingerprint": dataset.fingerprint,
+        },
+        "victim": {**asdict(victim), **trained.payload["cost"]},
+        "defenses": [_defense(chosen, entry, scores, victim, poisoned) for chosen, entry, scores in defended],
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("bdcore", "torch", "torchvision", "numpy", "scikit-learn")},
+        },
+        "device": {
+            "device": str(device),
+            "name": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
+            "threads": torch.get_num_threads(),
+            "precision": precision,
+        },
+    }
+
+
+def check_folder(folder: Path, config: RunConfig) -> None:
+    """Raise, before any work, where the run folder holds another run or cannot be written."""
+    path = folder / "record.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if path.exists() and json.loads(path.read_text("utf-8")).get("config") != config.record():
+            raise UsageError(f"{path} is the record of a run with other options. Choose another --out, or remove it.")
+    except ValueError as error:
+        raise UsageError(f"{path} is no record of a run ({error}). Choose another --out, or remove it.") from error
+    except OSError as error:
+        raise StoreError(f"the run folder {folder} cannot be used: {error}. Choose another with --out.") from error
+
+
+def write_run_folder(
+    folder: Path, record: Mapping[str, Any], files: Mapping[str, Path], arch: Architecture
+) -> dict[str, Any]:
+    """Write models and triggers as NAME.safetensors, each model's form as NAME.json, and last the record.
+
+    Returns:
+        The record with its artifacts, paths relative to the folder.
+    """
+    artifacts: dict[str, dict[str, str]] = {}
+    for name, source in files.items():
+        target = folder / f"{name}.safetensors"
+        _copy(source, target)
+        artifacts[name] = {"path": target.name, "sha256": sha256_file(target)}
+        if source.stem == "model":
+            manifest = {"format": "safetensors", "arch": asdict(arch), **artifacts[name], "run": record["run"]["id"]}
+            write_json(folder / f"{name}.json", manifest)
+    complete = {**record, "artifacts": artifacts}
+    write_json(folder / "record.json", complete)
+    return complete
+
+
+def _defense(chosen: Chosen, entry: Entry, scores: Scores, victim: Scores, poisoned: Poisoned) -> dict[str, Any]:
+    found: dict[str, Any] | None = entry.payload["verdict"]
+    if found is not None:
+        verdict = Verdict(found["backdoored"], found["target"])
+        found = {**found, "correct": verdict_correct(verdict, poisoned.triggered is not None, poisoned.target)}
+    return {
+        "name": chosen.plugin.name,
+        **asdict(scores),
+        "der": defense_effectiveness(victim, scores),
+        "verdict": found,
+        **entry.payload["cost"],
+        "notes": entry.payload["notes"],
+    }
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy by way of a temporary file, so that a reader never sees half of one."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        shutil.copyfile(source, temporary)
+        temporary.replace(target)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StoreError(f"cannot write {target}: {error}. Free space, or choose another folder with --out.") from error

@@ -1,0 +1,54 @@
+"""Score a classifier, with all that is the attacker's secret."""
+
+import torch
+from torch import Tensor, nn
+
+from bdcore.artifacts import Labelled, Scores, Triggered, Verdict
+from bdcore.context import Context
+from bdcore.training import forward_batches
+
+
+def evaluate(
+    model: nn.Module, test: Labelled, triggered: Triggered | None, target: int | None, context: Context
+) -> Scores:
+    """BA, ASR, RA and the target class's own accuracy, in fp32 on the whole test set (see `Scores`)."""
+    model = model.to(context.device).eval()
+
+    def predict(images: Tensor) -> Tensor:
+        return forward_batches(lambda batch: model(batch).argmax(1), images, context).cpu()
+
+    right = predict(test.images) == test.labels
+    asr = ra = None
+    if triggered is not None and len(triggered.images):
+        predicted = predict(triggered.images)
+        asr, ra = _share(predicted == triggered.targets), _share(predicted == triggered.labels)
+    of_target = test.labels == target if target is not None else None
+    return Scores(
+        clean_accuracy=_share(right),
+        asr=asr,
+        ra=ra,
+        target_class_accuracy=_share(right[of_target]) if of_target is not None and of_target.any() else None,
+        nontarget_accuracy=_share(right[~of_target]) if of_target is not None and not of_target.all() else None,
+    )
+
+
+def defense_effectiveness(before: Scores, after: Scores) -> float | None:
+    """DER = (max(0, fall in ASR) - max(0, fall in BA) + 1) / 2, in [0, 1]; None where there is no attack.
+
+    Zhu et al., "Enhancing Fine-Tuning based Backdoor Defense with Sharpness-Aware Minimization", ICCV 2023.
+    """
+    if before.asr is None or after.asr is None:
+        return None
+    fall = max(0.0, before.asr - after.asr)
+    return (fall - max(0.0, before.clean_accuracy - after.clean_accuracy) + 1) / 2
+
+
+def verdict_correct(verdict: Verdict, attacked: bool, target: int | None) -> bool:
+    """Whether `verdict` is right about there being a backdoor and, where there is a single target, about the target."""
+    if verdict.backdoored != attacked:
+        return False
+    return not attacked or target is None or verdict.target == target
+
+
+def _share(hits: Tensor) -> float:
+    return float(hits.to(torch.float64).mean())

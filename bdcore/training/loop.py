@@ -1,0 +1,144 @@
+"""The one training loop."""
+
+import copy
+from collections.abc import Callable, Mapping
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+
+from bdcore.context import Context, Progress, derive_seed
+from bdcore.errors import BdcoreError
+from bdcore.models import Classifier
+from bdcore.training.batches import Batch, epoch_batches, steps_per_epoch
+from bdcore.training.checkpoint import load_checkpoint, save_checkpoint
+from bdcore.training.recipe import Recipe
+
+# An epoch over a handful of images takes milliseconds; a checkpoint of each would cost more than a lost half second.
+_SECONDS_BETWEEN_CHECKPOINTS = 0.5
+
+
+def fit(
+    phase: str,
+    module: nn.Module,
+    columns: Mapping[str, Tensor],
+    loss: Callable[[Batch], Tensor | dict[str, Tensor]],
+    recipe: Recipe,
+    context: Context,
+    on_epoch: Callable[[int, dict[str, float]], bool] | None = None,
+) -> None:
+    """Train `module` in place, resuming exactly where an interrupted run left it.
+
+    Everything random follows from `context.seed`, `phase` and the epoch, so a resumed training ends with the same
+    bytes as an uninterrupted one on the same machine.
+
+    Args:
+        phase: names this training in progress, checkpoints and random streams; once per stage.
+        module: holds all that is trained and all that a resume must restore, in parameters and buffers.
+        columns: resident tensors with N rows each; "images" (uint8 [N, C, H, W]) is augmented as the recipe says.
+        loss: maps a batch (rows of the columns, and "index") to a scalar, or to scalars by name with "loss" among
+            them; called under autocast where precision is bf16. The module's train or eval mode is the caller's.
+        recipe: optimiser, schedule, batches.
+        context: device, precision, seed, checkpoint folder, progress.
+        on_epoch: called after each epoch with its number (from 0) and mean figures, may alter the module's buffers and
+            parameters; True ends the training.
+
+    Raises:
+        BdcoreError: where the loss is no longer finite.
+    """
+    device = context.device
+    module.to(device)
+    _prepare(module, context)
+    columns = {name: column.to(device) for name, column in columns.items()}
+    samples = len(next(iter(columns.values())))
+    optimizer = recipe.optimizer_for(module)
+    identity = f"{phase} {recipe.model_dump_json()}"
+    path = context.folder / f"{phase}.safetensors" if context.folder else None
+    state = load_checkpoint(path, module, optimizer, identity, context) if path else None
+    first, ended = (int(state["epochs"]), bool(state["ended"])) if state else (0, False)
+    steps = steps_per_epoch(samples, recipe)
+    started, saved = perf_counter(), perf_counter()
+
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for epoch in range(first, recipe.epochs):
+            if ended:
+                break
+            torch.manual_seed(derive_seed(context.seed, phase, "epoch", epoch))  # for dropout inside models
+            generator = context.generator(phase, "batches", epoch)
+            began = perf_counter()
+            sums: dict[str, Tensor] = {}
+            drawn = 0
+            for step, batch in enumerate(epoch_batches(columns, recipe, generator)):
+                rate = recipe.learning_rate(epoch * steps + step, steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                drawn += len(batch["index"])
+                figures = _step(batch, loss, optimizer, context)
+                for name, value in figures.items():
+                    # Summed on the device: reading a value back each step would stall it.
+                    sums[name] = sums[name] + value if name in sums else value
+            means = {name: float(value) / steps for name, value in sums.items()}
+            if means["loss"] != means["loss"] or abs(means["loss"]) == float("inf"):
+                raise BdcoreError(
+                    f"{phase}: the loss is no longer finite in epoch {epoch + 1} of {recipe.epochs}. Lower the learning "
+                    f"rate (now at most {recipe.lr:g}) or use --precision fp32."
+                )
+            ended = bool(on_epoch(epoch, means)) if on_epoch else False
+            last = ended or epoch + 1 == recipe.epochs
+            if path and (last or perf_counter() - saved > _SECONDS_BETWEEN_CHECKPOINTS):
+                done = {"recipe": identity, "epochs": epoch + 1, "ended": ended}
+                save_checkpoint(path, module, optimizer, done, context)
+                saved = perf_counter()
+            now = perf_counter()
+            left = 0.0 if last else (now - started) / (epoch + 1 - first) * (recipe.epochs - epoch - 1)
+            context.report(Progress(phase, epoch + 1, recipe.epochs, means, drawn / (now - began), left))
+
+
+def forward_batches(
+    function: Callable[[Tensor], Tensor], images: Tensor, context: Context, batch_size: int = 500
+) -> Tensor:
+    """`function` over uint8 [N, C, H, W] images in batches, without gradients, concatenated on `context.device`.
+
+    In fp32 whatever the precision of training: what is computed here is kept (features) or published (scores).
+    """
+    with torch.no_grad():
+        outputs = [function(_resident(part, context.device)) for part in images.split(batch_size)]
+    return torch.cat(outputs)
+
+
+def frozen_copy(model: nn.Module, context: Context) -> nn.Module:
+    """A copy in eval mode whose weights need no gradient, laid out for speed: for methods that only read a model."""
+    copied = copy.deepcopy(model).to(context.device).eval().requires_grad_(False)
+    _prepare(copied, context)
+    return copied
+
+
+def _resident(images: Tensor, device: torch.device) -> Tensor:
+    return images.to(device).contiguous(memory_format=torch.channels_last)
+
+
+def _step(
+    batch: Batch,
+    loss: Callable[[Batch], Tensor | dict[str, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    context: Context,
+) -> dict[str, Tensor]:
+    """One update; returns the batch's figures, detached."""
+    if "images" in batch:
+        batch["images"] = batch["images"].contiguous(memory_format=torch.channels_last)
+    with torch.autocast(context.device.type, torch.bfloat16, enabled=context.precision == "bf16"):
+        result = loss(batch)
+    figures = result if isinstance(result, dict) else {"loss": result}
+    optimizer.zero_grad(set_to_none=True)
+    figures["loss"].backward()
+    optimizer.step()
+    return {name: value.detach() for name, value in figures.items()}
+
+
+def _prepare(module: nn.Module, context: Context) -> None:
+    """Lay convolutions out channels-last (faster on CPUs and GPUs alike), and compile where asked."""
+    for part in module.modules():
+        if isinstance(part, Classifier):
+            part.to(memory_format=torch.channels_last)
+            if context.compile:
+                part.net.compile()

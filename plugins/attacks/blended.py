@@ -1,0 +1,73 @@
+"""Blended injection: a whole image, faintly mixed into each poisoned one, is the trigger.
+
+Chen, Liu, Li, Lu, Song: "Targeted Backdoor Attacks on Deep Learning Systems Using Data Poisoning" (2017), arXiv
+1712.05526: x' = (1 - a) x + a u with one fixed image u, here random noise drawn from the seed or a picture of the
+user's. The same ratio a is used for training and test images.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field
+from torch import Tensor
+
+from bdcore import Attack, AttackConfig, Context, DataError, blend_trigger, hookimpl
+
+
+class Blended(Attack):
+    """One image mixed into every poisoned one."""
+
+    name = "blended"
+
+    class Config(AttackConfig):
+        """Options of the blended attack."""
+
+        alpha: float = Field(0.2, gt=0, le=1, description="share a of the trigger image in (1 - a) x + a u")
+        picture: Path | None = Field(None, description="image file to blend in, resized; without it random noise")
+
+    config: Config
+
+    def files(self) -> tuple[Path, ...]:
+        """The picture, where there is one."""
+        return (self.config.picture,) if self.config.picture else ()
+
+    def stamp(self, images: Tensor, context: Context) -> Tensor:
+        """Mix the trigger image into the images, uint8 [B, C, H, W], rounding to the nearest value."""
+        channels, height, width = images.shape[1:]
+        if self.config.picture is None:
+            generator = context.generator("blended")
+            trigger = torch.randint(0, 256, (channels, height, width), generator=generator, dtype=torch.uint8)
+        else:
+            trigger = _read_picture(self.config.picture, channels, height, width)
+        pattern = (trigger / 255.0).unsqueeze(0).to(images.device)
+        mask = torch.full((1, 1, height, width), self.config.alpha, device=images.device)
+        return blend_trigger(images, pattern, mask)
+
+    def relabel(self, labels: Tensor, classes: int) -> Tensor:
+        """The target class."""
+        return torch.full_like(labels, self.config.target)
+
+
+def _read_picture(path: Path, channels: int, height: int, width: int) -> Tensor:
+    """The picture at `path`, uint8 [C, H, W], resized without keeping its aspect ratio."""
+    if channels not in (1, 3):
+        raise DataError(f"attack.picture needs images of 1 or 3 channels, these have {channels}: leave it out")
+    try:
+        with Image.open(path) as picture:
+            resized = picture.convert("L" if channels == 1 else "RGB").resize(
+                (width, height), Image.Resampling.BILINEAR
+            )
+    except FileNotFoundError as error:
+        raise DataError(f"attack.picture: there is no file {path}") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        # Pillow reports damaged files by any of these.
+        raise DataError(f"attack.picture: {path} cannot be read as an image: {error}") from error
+    return torch.from_numpy(np.array(resized)).reshape(height, width, channels).permute(2, 0, 1).contiguous()
+
+
+@hookimpl
+def bdcore_attack() -> type[Attack]:
+    """The class behind the name `blended`."""
+    return Blended

@@ -1,0 +1,66 @@
+"""Fixtures shared by all tests: plugin distributions laid on disk as an installer would leave them."""
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+
+class Site:
+    """A folder of installed distributions, like site-packages."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def add(
+        self,
+        distribution: str,
+        plugins: Mapping[str, str],
+        files: Mapping[str, str],
+        *,
+        version: str = "1.0",
+        requires: Sequence[str] = (),
+    ) -> None:
+        """Lay a distribution down: modules by relative path, and entry points {plugin name: module}."""
+        for path, content in files.items():
+            file = self.folder / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(content)
+        info = self.folder / f"{distribution.replace('-', '_')}-{version}.dist-info"
+        info.mkdir()
+        lines = ["Metadata-Version: 2.4", f"Name: {distribution}", f"Version: {version}"]
+        lines += [f"Requires-Dist: {line}" for line in requires]
+        (info / "METADATA").write_text("\n".join(lines) + "\n")
+        entries = [f"{name} = {value}" for name, value in plugins.items()]
+        (info / "entry_points.txt").write_text("\n".join(["[bdcore]", *entries]) + "\n")
+        (info / "INSTALLER").write_text("tests\n")
+        names = [*files, *(f"{info.name}/{name}" for name in ("METADATA", "entry_points.txt", "INSTALLER", "RECORD"))]
+        (info / "RECORD").write_text("".join(f"{name},,\n" for name in names))
+        importlib.invalidate_caches()
+
+    def bdcore(self, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+        """Run the installed command `bdcore` in a process of its own that sees these distributions."""
+        script = Path(sys.executable).with_name("bdcore")
+        env = {**os.environ, "PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1", **environment}
+        return subprocess.run([script, *arguments], env=env, capture_output=True, text=True, check=False, timeout=120)
+
+
+@pytest.fixture(scope="session")
+def new_site(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Site]:
+    """Make an empty site that only processes started with `Site.bdcore` see."""
+    return lambda: Site(tmp_path_factory.mktemp("site"))
+
+
+@pytest.fixture
+def site(new_site: Callable[[], Site], monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    """An empty site that this process sees as well; its modules are forgotten at the end."""
+    made = new_site()
+    monkeypatch.syspath_prepend(made.folder)
+    yield made
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None)).startswith(str(made.folder)):
+            del sys.modules[name]
