@@ -64,9 +64,10 @@ class Context:
         warn: called with what the user should know and what does not stop the run.
         meter: images and seconds spent.
         compile: whether training may use torch.compile.
+        phases: names that `fit` has used in this stage, each of which may have one checkpoint.
     """
 
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = 0
     folder: Path | None = None
@@ -74,6 +75,7 @@ class Context:
     warn: Callable[[str], None] = lambda message: None
     meter: Meter = field(default_factory=Meter)
     compile: bool = False
+    phases: set[str] = field(default_factory=set[str], repr=False)
 
     def generator(self, *names: str | int) -> torch.Generator:
         """A CPU generator that depends on the seed and `names` alone, so every device gets the same numbers."""

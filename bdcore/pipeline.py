@@ -32,7 +32,7 @@ from bdcore.artifacts import (
 )
 from bdcore.config import Chosen, RunConfig
 from bdcore.context import Context, Meter, Progress, derive_seed
-from bdcore.contract import Attack, DatasetPlugin, Defense
+from bdcore.contract import Attack, DatasetPlugin, Defense, Plugin
 from bdcore.errors import BdcoreError
 from bdcore.machine import peak_memory_bytes, reset_peak_memory
 from bdcore.models import build, metered
@@ -44,7 +44,7 @@ from bdcore.stages.evaluate import evaluate
 from bdcore.stages.poison import poison
 from bdcore.stages.train import train
 from bdcore.store import Entry, Store, digest, sha256_file
-from bdcore.training.precision import choose_device, choose_precision
+from bdcore.training.precision import Precision, choose_device, choose_precision
 
 _Result = tuple[dict[str, Any], dict[str, dict[str, Tensor]]]  # payload, files of tensors
 
@@ -94,7 +94,7 @@ class _Run:
         self.host = host
         self.store = Store(warn=lambda message: host.hook.bdcore_warning(message=message))
         self.device = choose_device(config.run.device)
-        self.precision = choose_precision(config.run.precision, self.device)
+        self.precision: Precision = choose_precision(config.run.precision, self.device)
         self.base = {
             "bdcore": _code(),
             "torch": torch.__version__,
@@ -107,9 +107,10 @@ class _Run:
     def record(self, folder: Path) -> dict[str, Any]:
         """All stages, then the run folder."""
         config = self.config
-        with self.told("data"), _blamed(config.dataset.plugin):
-            plugin = cast(DatasetPlugin, _instance(config.dataset))
-            dataset = data.load(plugin, config.dataset_argument)
+        with self.told("data"):
+            with _blamed(config.dataset.plugin):
+                plugin = cast(DatasetPlugin, _instance(config.dataset))
+                dataset = data.load(plugin, config.dataset_argument)
             clean = data.clean_set(dataset, config.run.clean_fraction, self.context("data"))
         poisoned = self.poisoned(dataset)
         arch = data.architecture(config.run.model, poisoned.train, dataset.classes)
@@ -120,7 +121,7 @@ class _Run:
             entry = self.defended(chosen, trained, arch, clean, poisoned.train)
             scores = self.scores(entry, trained, arch, dataset.test, poisoned)
             defended.append((chosen, entry, scores))
-        oracles = {c.plugin.name: cast(Defense, _instance(c)).oracles() for c in config.defenses}
+        oracles = {chosen.plugin.name: _oracles(chosen) for chosen in config.defenses}
         record = make_record(
             run_id(config), config, oracles, dataset, poisoned, trained, victim_scores, defended,
             self.device, self.precision,
@@ -172,9 +173,7 @@ class _Run:
 
         return self.stage("train", depends, build_it)
 
-    def defended(
-        self, chosen: Chosen, trained: Entry, arch: Architecture, clean: Labelled, suspect: Labelled
-    ) -> Entry:
+    def defended(self, chosen: Chosen, trained: Entry, arch: Architecture, clean: Labelled, suspect: Labelled) -> Entry:
         """What a defense made of the victim."""
         defense = cast(Defense, _instance(chosen))
         depends = {
@@ -194,9 +193,7 @@ class _Run:
 
         return self.stage(f"defend {chosen.plugin.name}", depends, build_it)
 
-    def scores(
-        self, entry: Entry, trained: Entry, arch: Architecture, test: Labelled, poisoned: Poisoned
-    ) -> Scores:
+    def scores(self, entry: Entry, trained: Entry, arch: Architecture, test: Labelled, poisoned: Poisoned) -> Scores:
         """Scores of the model in `entry`, or of the victim where a defense left it alone."""
         if "model" not in entry.files:
             entry = trained
@@ -268,19 +265,27 @@ def _warn(message: str) -> None:
 
 def _instance(chosen: Chosen) -> Any:
     assert chosen.plugin.cls is not None
-    return chosen.plugin.cls(chosen.config)
+    with _blamed(chosen.plugin):
+        return chosen.plugin.cls(chosen.config)
+
+
+def _oracles(chosen: Chosen) -> tuple[str, ...]:
+    with _blamed(chosen.plugin):
+        return tuple(cast(Defense, _instance(chosen)).oracles())
 
 
 def _identity(chosen: Chosen) -> dict[str, Any]:
     """What tells one plugin's work from another's: name, version, source and options."""
     plugin = chosen.plugin
+    with _blamed(plugin):
+        files = tuple(cast(Plugin, _instance(chosen)).files())
     return {
         "name": plugin.name,
         "version": plugin.version,
         "code": plugin.code,
         "config": chosen.config.model_dump(mode="json"),
         # A file that is not there is the plugin's to complain of.
-        "files": [sha256_file(path) for path in _instance(chosen).files() if path.is_file()],
+        "files": [sha256_file(path) for path in files if path.is_file()],
     }
 
 
@@ -331,7 +336,7 @@ def _blamed(plugin: Loaded) -> Generator[None]:
         yield
     except BdcoreError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a plugin that exits has not finished
         assert plugin.cls is not None
         raise BdcoreError(
             f"{plugin.kind} {plugin.name!r} of {plugin.distribution} {plugin.version} failed: "

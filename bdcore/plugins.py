@@ -35,8 +35,8 @@ GROUP = "bdcore"
 KINDS = {"bdcore_dataset": "dataset", "bdcore_attack": "attack", "bdcore_defense": "defense"}
 """Provider hooks and the kind of plugin that implements each; one that only observes has kind "observer"."""
 
-RESERVED = frozenset({"dataset", "attack", "train", "run"})
-"""Names no plugin may have: they begin the keys of `--set` that are not a plugin's."""
+RESERVED = frozenset({"dataset", "attack", "train", "run", "victim", "record"})
+"""Names no plugin may have: they begin keys of `--set` or name files of a run's folder that are not a plugin's."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """A run's record and folder: what was done, what it achieved and cost, and the models."""
 
+import errno
 import json
+import os
 import platform
 import shutil
 from collections.abc import Mapping
@@ -33,7 +35,7 @@ def make_record(
     device: torch.device,
     precision: str,
 ) -> dict[str, Any]:
-    """The record without its artifacts: JSON values, figures as fractions of 1, null where there is nothing to measure."""
+    """The record without its artifacts: JSON values, figures as fractions of 1, null where nothing can be measured."""
     attacks = [config.attack] if config.attack else []
     plugins = [config.dataset, *attacks, *config.defenses]
     return {
@@ -78,8 +80,14 @@ def check_folder(folder: Path, config: RunConfig) -> None:
     path = folder / "record.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if path.exists() and json.loads(path.read_text("utf-8")).get("config") != config.record():
-            raise UsageError(f"{path} is the record of a run with other options. Choose another --out, or remove it.")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        if path.exists():
+            known = json.loads(path.read_text("utf-8"))
+            if not isinstance(known, dict) or known.get("config") != config.record():
+                raise UsageError(
+                    f"{path} is the record of a run with other options. Choose another --out, or remove it."
+                )
     except ValueError as error:
         raise UsageError(f"{path} is no record of a run ({error}). Choose another --out, or remove it.") from error
     except OSError as error:
@@ -124,7 +132,7 @@ def _defense(chosen: Chosen, entry: Entry, scores: Scores, victim: Scores, poiso
 
 def _copy(source: Path, target: Path) -> None:
     """Copy by way of a temporary file, so that a reader never sees half of one."""
-    temporary = target.with_name(f".{target.name}.tmp")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         shutil.copyfile(source, temporary)
         temporary.replace(target)

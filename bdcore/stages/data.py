@@ -19,7 +19,7 @@ def clean_set(dataset: Dataset, fraction: float, context: Context) -> Labelled:
     every class (stratified), a copy.
 
     Raises:
-        UsageError: where that is less than one sample a class.
+        UsageError: where that is less than one sample a class, or cannot be drawn in equal shares.
     """
     labels = dataset.train.labels
     count = round(fraction * len(labels))
@@ -32,9 +32,15 @@ def clean_set(dataset: Dataset, fraction: float, context: Context) -> Labelled:
             f"({present} classes). Use at least {present / len(labels):.4f}."
         )
     seed = int(torch.randint(0, 2**31 - 1, (), generator=context.generator("clean")))
-    chosen, _ = train_test_split(
-        torch.arange(len(labels)).numpy(), train_size=count, stratify=labels.numpy(), random_state=seed
-    )
+    try:
+        chosen, _ = train_test_split(
+            torch.arange(len(labels)).numpy(), train_size=count, stratify=labels.numpy(), random_state=seed
+        )
+    except ValueError as error:  # a class of one sample, or fewer samples left over than classes
+        raise UsageError(
+            f"run.clean_fraction={fraction:g} of {len(labels)} training samples cannot be drawn in equal shares of "
+            f"every class: {error} Use another fraction."
+        ) from error
     return dataset.train.select(torch.from_numpy(chosen).sort().values)
 
 

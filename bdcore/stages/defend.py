@@ -1,6 +1,8 @@
 """Hand a defense what it declared, and nothing else; check that it comes back unchanged."""
 
 import copy
+import json
+from dataclasses import asdict
 
 from torch import nn
 
@@ -32,8 +34,9 @@ def defend(defense: Defense, victim: Victim, clean: Labelled, suspect: Labelled,
     before = _prints(given)
     with metered(context.meter):
         outcome = defense(given, context)
+    after = _prints(given)
     for part, was in before.items():
-        if _prints(given)[part] != was:
+        if after.get(part) != was:
             raise ThreatModelError(
                 f"defense {defense.name!r} altered its input `{part}` in place. Inputs are read-only: work on a copy "
                 "(copy.deepcopy for models, .clone() for tensors)."
@@ -56,7 +59,8 @@ def _prints(given: DefenseInput) -> dict[str, str]:
     if given.model is not None:
         modes = [f"{name}:{module.training}" for name, module in given.model.named_modules()]
         flags = [f"{name}:{p.requires_grad}:{p.grad is None}" for name, p in given.model.named_parameters()]
-        prints["model"] = fingerprint(given.model.state_dict()) + str(modes) + str(flags)
+        tensors = {**given.model.state_dict(), **dict(given.model.named_buffers())}  # unsaved buffers as well
+        prints["model"] = fingerprint(tensors) + str(modes) + str(flags)
     for name in ("clean", "suspect"):
         part: Labelled | None = getattr(given, name)
         if part is not None:
@@ -68,6 +72,13 @@ def _prints(given: DefenseInput) -> dict[str, str]:
 def _check(outcome: object, defense: Defense, given: DefenseInput, victim: Victim) -> None:
     if not isinstance(outcome, Outcome):
         raise PluginError(f"defense {defense.name!r} returned {type(outcome).__name__}; it must return bdcore.Outcome.")
+    try:
+        json.dumps([asdict(outcome.verdict) if outcome.verdict else None, dict(outcome.notes)], allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise PluginError(
+            f"defense {defense.name!r} returned a verdict or notes that a record cannot hold ({error}). Use Python's "
+            "own bool, int, finite float and str; of a tensor take .item() or .tolist()."
+        ) from error
     if outcome.model is not None:
         if outcome.model is given.model:
             raise ThreatModelError(
@@ -79,5 +90,5 @@ def _check(outcome: object, defense: Defense, given: DefenseInput, victim: Victi
             odd = sorted(set(found.items()) ^ set(wanted.items()))[:3]
             raise PluginError(
                 f"defense {defense.name!r} returned a model of another form than architecture {victim.arch.name!r}; "
-                f"first differences (name, shape): {odd}. Return a model built by bdcore.build or copied from the input."
+                f"first differences (name, shape): {odd}. Return one built by bdcore.build or copied from the input."
             )

@@ -1,4 +1,4 @@
-"""Batches out of resident tensors: order, crop, flip and cutout, drawn on the CPU so that every device gets the same."""
+"""Batches out of resident tensors: order, crop, flip, cutout, drawn on the CPU so that every device gets the same."""
 
 from collections.abc import Iterator, Mapping
 from math import ceil

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping
+from math import isfinite
 from time import perf_counter
 
 import torch
@@ -45,12 +46,19 @@ def fit(
 
     Raises:
         BdcoreError: where the loss is no longer finite.
+        ValueError: where columns are empty or of unequal lengths, or the phase's name was used before.
     """
+    if context.folder and phase in context.phases:  # it would be answered from the first one's checkpoint
+        raise ValueError(f"fit: phase {phase!r} was trained already in this stage; give every phase its own name")
+    context.phases.add(phase)
     device = context.device
     module.to(device)
     _prepare(module, context)
     columns = {name: column.to(device) for name, column in columns.items()}
-    samples = len(next(iter(columns.values())))
+    lengths = {name: len(column) for name, column in columns.items()}
+    if len(set(lengths.values())) != 1 or not all(lengths.values()):
+        raise ValueError(f"{phase}: columns must have the same number of rows, at least one, got {lengths}")
+    samples = next(iter(lengths.values()))
     optimizer = recipe.optimizer_for(module)
     identity = f"{phase} {recipe.model_dump_json()}"
     path = context.folder / f"{phase}.safetensors" if context.folder else None
@@ -63,7 +71,7 @@ def fit(
         for epoch in range(first, recipe.epochs):
             if ended:
                 break
-            torch.manual_seed(derive_seed(context.seed, phase, "epoch", epoch))  # for dropout inside models
+            _seed(device, derive_seed(context.seed, phase, "epoch", epoch))
             generator = context.generator(phase, "batches", epoch)
             began = perf_counter()
             sums: dict[str, Tensor] = {}
@@ -78,10 +86,10 @@ def fit(
                     # Summed on the device: reading a value back each step would stall it.
                     sums[name] = sums[name] + value if name in sums else value
             means = {name: float(value) / steps for name, value in sums.items()}
-            if means["loss"] != means["loss"] or abs(means["loss"]) == float("inf"):
+            if not isfinite(means["loss"]):
                 raise BdcoreError(
-                    f"{phase}: the loss is no longer finite in epoch {epoch + 1} of {recipe.epochs}. Lower the learning "
-                    f"rate (now at most {recipe.lr:g}) or use --precision fp32."
+                    f"{phase}: the loss is no longer finite in epoch {epoch + 1} of {recipe.epochs}. Lower the "
+                    f"learning rate (now at most {recipe.lr:g}) or use --precision fp32."
                 )
             ended = bool(on_epoch(epoch, means)) if on_epoch else False
             last = ended or epoch + 1 == recipe.epochs
@@ -115,6 +123,14 @@ def frozen_copy(model: nn.Module, context: Context) -> nn.Module:
 
 def _resident(images: Tensor, device: torch.device) -> Tensor:
     return images.to(device).contiguous(memory_format=torch.channels_last)
+
+
+def _seed(device: torch.device, seed: int) -> None:
+    """Seed what dropout inside models draws from, and no other device, which `fork_rng` would not restore."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
 
 
 def _step(

@@ -13,27 +13,32 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    epochs: int = Field(20, ge=1, le=100_000, description="passes over the data")
-    batch_size: int = Field(128, ge=1, description="largest batch; batches are made as even as can be")
-    optimizer: Literal["sgd", "adam"] = Field("sgd", description="SGD with momentum, or Adam")
-    lr: float = Field(0.1, gt=0, description="learning rate at its highest")
-    momentum: float = Field(0.9, ge=0, lt=1, description="momentum of SGD")
+    epochs: int = Field(default=20, ge=1, le=100_000, description="passes over the data")
+    batch_size: int = Field(default=128, ge=1, description="largest batch; batches are made as even as can be")
+    optimizer: Literal["sgd", "adam"] = Field(default="sgd", description="SGD with momentum, or Adam")
+    lr: float = Field(default=0.1, gt=0, description="learning rate at its highest")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="momentum of SGD")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        (0.9, 0.999), description="decay of Adam's two moments"
+        default=(0.9, 0.999), description="decay of Adam's two moments"
     )
-    weight_decay: float = Field(5e-4, ge=0, description="L2 penalty, on all parameters")
+    weight_decay: float = Field(default=5e-4, ge=0, description="L2 penalty, on all parameters")
     schedule: Literal["constant", "steps", "cosine", "onecycle"] = Field(
-        "onecycle", description="constant; steps: x factor at each milestone; cosine to 0; onecycle: up in a line, down in one"
+        default="onecycle",
+        description="constant; steps: x factor at each milestone; cosine to 0; onecycle: up in a line, down in one",
     )
-    milestones: tuple[int, ...] = Field((), description="epochs before which `steps` lowers the rate, counted from 0")
-    factor: float = Field(0.1, gt=0, le=1, description="what `steps` multiplies the rate by")
-    warmup: float = Field(0.25, ge=0, lt=1, description="share of the steps in which `onecycle` rises")
-    crop: int = Field(0, ge=0, description="random crop after this many pixels of zero padding on each side")
-    flip: bool = Field(False, description="mirror half of the images")
-    cutout: int = Field(0, ge=0, description="side of a square set to 0 at a random place; 0: none")
-    shuffle: bool = Field(True, description="draw the samples in a new order every epoch")
+    milestones: tuple[int, ...] = Field(
+        default=(), description="epochs before which `steps` lowers the rate, counted from 0"
+    )
+    factor: float = Field(default=0.1, gt=0, le=1, description="what `steps` multiplies the rate by")
+    warmup: float = Field(default=0.25, ge=0, lt=1, description="share of the steps in which `onecycle` rises")
+    crop: int = Field(default=0, ge=0, description="random crop after this many pixels of zero padding on each side")
+    flip: bool = Field(default=False, description="mirror half of the images")
+    cutout: int = Field(default=0, ge=0, description="side of a square set to 0 at a random place; 0: none")
+    shuffle: bool = Field(default=True, description="draw the samples in a new order every epoch")
     min_steps: int = Field(
-        1, ge=1, description="repeat the pass within an epoch until it has this many steps (for small clean sets)"
+        default=1,
+        ge=1,
+        description="repeat the pass within an epoch until it has this many steps (for small clean sets)",
     )
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
@@ -55,9 +60,5 @@ class Recipe(BaseModel):
         """The optimiser over the parameters of `module` that need a gradient."""
         parameters = [p for p in module.parameters() if p.requires_grad]
         if self.optimizer == "adam":
-            return torch.optim.Adam(
-                parameters, self.lr, betas=self.betas, weight_decay=self.weight_decay, fused=True
-            )
-        return torch.optim.SGD(
-            parameters, self.lr, momentum=self.momentum, weight_decay=self.weight_decay, fused=True
-        )
+            return torch.optim.Adam(parameters, self.lr, betas=self.betas, weight_decay=self.weight_decay, fused=True)
+        return torch.optim.SGD(parameters, self.lr, momentum=self.momentum, weight_decay=self.weight_decay, fused=True)

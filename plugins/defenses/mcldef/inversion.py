@@ -5,6 +5,7 @@ penalty, counters, the best so far), so that the one training loop checkpoints a
 have the stack of T classes as their first dimension; the classes' gradients and optimiser states do not touch.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from typing import ClassVar, Self
 
@@ -12,9 +13,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bdcore import Recipe, Trigger, blend_trigger
+from bdcore import Context, Recipe, Trigger, blend_trigger, fit
 
 SUCCESS = 0.9  # an inverted trigger counts where it sends this share of the images to its class
+
+
+def invert(
+    phase: str,
+    model: nn.Module,
+    stack: "Inversion",
+    images: Tensor,
+    epochs: int,
+    patience: int,
+    context: Context,
+) -> None:
+    """Train the triggers of `stack` on uint8 [N, C, H, W] images; end where none got better for `patience` epochs."""
+
+    def end_epoch(epoch: int, figures: dict[str, float]) -> bool:
+        stack.end_epoch()
+        return bool((stack.stale >= patience).all())
+
+    recipe = type(stack).recipe.model_copy(update={"epochs": epochs})
+    columns = {"images": images}
+    fit(phase, stack, columns, lambda batch: stack.loss(model, batch["images"]), recipe, context, end_epoch)
+
+
+def put_trigger(trigger: Trigger, images: Tensor) -> Tensor:
+    """uint8 [B, C, H, W] images with a recovered trigger, float in [0, 1]."""
+    unit = images.float() / 255
+    if trigger.delta is not None:
+        return (unit + trigger.delta).clamp(0, 1)
+    assert trigger.mask is not None
+    assert trigger.pattern is not None
+    return blend_trigger(unit, trigger.pattern[None], trigger.mask[None])
 
 
 class Inversion(nn.Module, ABC):
@@ -45,8 +76,8 @@ class Inversion(nn.Module, ABC):
         """What the size of each trigger costs, [T]."""
 
     @abstractmethod
-    def keep(self, success: Tensor) -> bool:
-        """At an epoch's end: note new best triggers, adapt to each one's success [T]; True ends the inversion."""
+    def keep(self, success: Tensor) -> None:
+        """At an epoch's end: note new best triggers, and adapt to each one's success [T]."""
 
     @abstractmethod
     def best(self, place: int) -> Trigger | None:
@@ -63,18 +94,19 @@ class Inversion(nn.Module, ABC):
         return {"loss": (entropy + self.penalty()).sum(), "success": hits.float().mean() / len(images)}
 
     @torch.no_grad()
-    def end_epoch(self, epoch: int, figures: dict[str, float]) -> bool:
-        """For `fit`: close the epoch's books."""
+    def end_epoch(self) -> None:
+        """Close the epoch's books."""
         success = self.hits / self.seen
         self.hits.zero_()
         self.seen.zero_()
         self.stale += 1
-        return self.keep(success)
+        self.keep(success)
 
     def take(self, places: Tensor) -> Self:
         """A stack of the classes at `places` alone, in the state that they have here."""
-        part = type(self)(self.targets[places], self.shape, torch.Generator())
-        part.load_state_dict({name: value[places] for name, value in self.state_dict().items()})
+        part = copy.deepcopy(self)
+        for tensor in (*part.parameters(), *part.buffers()):
+            tensor.data = tensor.data[places.to(tensor.device)].clone()
         return part
 
     @torch.no_grad()
@@ -123,7 +155,7 @@ class PixelInversion(Inversion):
         """The regulariser times each class's own weight."""
         return self.weight * self.cost()
 
-    def keep(self, success: Tensor) -> bool:
+    def keep(self, success: Tensor) -> None:
         """Drop changes below one grey level, keep the best, and move the weight after ten epochs of one kind."""
         faint = self.delta().abs() < 1 / 255
         self.up[faint] = 0
@@ -143,7 +175,6 @@ class PixelInversion(Inversion):
         self.weight *= torch.where(raised, 1.5, torch.where(lowered, 1.5**-1.5, 1.0))
         self.successes[raised] = 0
         self.failures[lowered] = 0
-        return False
 
     def best(self, place: int) -> Trigger | None:
         """The smallest successful delta."""
@@ -182,18 +213,20 @@ class MaskInversion(Inversion):
         """lambda |mask|_1, lambda 0.01 for small images and 0.001 for large ones, as published."""
         return (0.01 if self.shape[1] <= 64 else 0.001) * self.mask.sum((1, 2, 3))
 
-    def keep(self, success: Tensor) -> bool:
-        """Keep the smallest successful mask; end after 30 epochs in which no class found a smaller one."""
+    def keep(self, success: Tensor) -> None:
+        """Keep the smallest successful mask."""
         norm = self.mask.clamp(0, 1).sum((1, 2, 3))
         better = (success >= SUCCESS) & (norm < self.size)
         self.best_pattern[better] = self.pattern[better].clamp(0, 1)
         self.best_mask[better] = self.mask[better].clamp(0, 1)
         self.size[better] = norm[better]
         self.stale[better] = 0
-        return bool((self.stale >= 30).all())
 
     def best(self, place: int) -> Trigger | None:
         """The smallest successful mask and its pattern."""
         mask = self.best_mask[place].clone()
         target = int(self.targets[place])
         return Trigger(target, mask=mask, pattern=self.best_pattern[place].clone()) if mask.any() else None
+
+
+INVERSIONS: dict[str, type[PixelInversion] | type[MaskInversion]] = {"pixel": PixelInversion, "mask": MaskInversion}

@@ -1,0 +1,95 @@
+"""A benchmark's result in benchmarks/results: NAME.json with every figure, NAME.md with the table."""
+
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from math import sqrt
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from scipy.stats import t as student
+
+from bdcore.machine import processor_name
+from bdcore.store import write_json
+
+RESULTS = Path(__file__).parent / "results"
+
+Row = Mapping[str, Any]
+
+
+def write(name: str, title: str, tables: Mapping[str, Sequence[Row]], notes: Sequence[str], **facts: Any) -> None:
+    """Write both files and say where.
+
+    Args:
+        name: of the files.
+        title: first line of the Markdown file.
+        tables: rows by heading; in Markdown a row's keys are the columns, its values stand as they are given.
+        notes: sentences under the tables.
+        facts: what else the JSON file holds, for instance every single measurement.
+    """
+    around = surroundings()
+    RESULTS.mkdir(exist_ok=True)
+    write_json(RESULTS / f"{name}.json", {"name": name, **around, **facts, "tables": tables, "notes": list(notes)})
+    machine, versions = around["machine"], around["versions"]
+    lines = [f"# {title}", "", f"{around['date']}, `{around['command']}`", ""]
+    lines.append(f"{machine['processor']}, {machine['threads']} threads, {', '.join(machine['devices'])}. ")
+    lines[-1] += ", ".join(f"{package} {number}" for package, number in versions.items()) + "."
+    for heading, rows in tables.items():
+        lines += ["", f"## {heading}", "", *markdown(rows)]
+    lines += ["", *(f"- {note}" for note in notes)]
+    (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"wrote {RESULTS / name}.json and .md", file=sys.stderr)
+
+
+def markdown(rows: Sequence[Row]) -> list[str]:
+    """A Markdown table of rows with the same keys."""
+    columns = list(rows[0])
+    lines = [columns, ["---"] * len(columns), *([str(row[column]) for column in columns] for row in rows)]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Number and mean of values; of three or more also their standard deviation and the 95% interval of the mean by
+    Student's t."""
+    found = {"n": len(values), "mean": mean(values)}
+    if len(values) >= 3:
+        deviation = stdev(values)
+        half = float(student.ppf(0.975, len(values) - 1)) * deviation / sqrt(len(values))
+        found |= {"sd": deviation, "low": found["mean"] - half, "high": found["mean"] + half}
+    return found
+
+
+def show(values: Sequence[float | None], scale: float = 100) -> str:
+    """One value as it is, several as `mean ± sd [95% interval]`, by default in percent; - where one is missing."""
+    present = [scale * value for value in values if value is not None]
+    if len(present) < len(values) or not present:
+        return "-"
+    found = spread(present)
+    text = f"{found['mean']:.1f}"
+    return text + (f" ± {found['sd']:.1f} [{found['low']:.1f}, {found['high']:.1f}]" if "sd" in found else "")
+
+
+def surroundings() -> dict[str, Any]:
+    """Date, command, machine and versions; of files in the command their names alone."""
+    words = [Path(word).name if os.sep in word else word for word in sys.argv[1:]]
+    cuda = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *words]),
+        "machine": {
+            "processor": processor_name(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "devices": cuda or ["no GPU"],
+            "system": platform.platform(),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in ("bdcore", "torch", "torchvision")},
+        },
+    }

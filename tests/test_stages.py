@@ -1,0 +1,182 @@
+"""Stages by themselves against closed forms: the defender's clean set, normalisation, scores."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from bdcore import Verdict
+from bdcore.artifacts import Dataset, Labelled, Scores, Triggered
+from bdcore.context import Context
+from bdcore.errors import UsageError
+from bdcore.stages.data import architecture, clean_set
+from bdcore.stages.evaluate import defense_effectiveness, evaluate, verdict_correct
+
+
+def numbered(labels: Tensor) -> Dataset:
+    """A data set whose every image spells its own number."""
+    number = torch.arange(len(labels))
+    images = torch.stack([number // 256, number % 256], 1).to(torch.uint8).view(-1, 2, 1, 1)
+    return Dataset("numbered", Labelled(images, labels), Labelled(images[:1], labels[:1]), int(labels.max()) + 1)
+
+
+class TestCleanSet:
+    @given(st.lists(st.integers(12, 60), min_size=2, max_size=6), st.floats(0.2, 0.8), st.integers(0, 9))
+    @settings(max_examples=40, deadline=None)
+    def test_equal_shares_of_every_class(self, sizes: list[int], fraction: float, seed: int):
+        labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+        labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
+        data = numbered(labels)
+        clean = clean_set(data, fraction, Context(seed=seed))
+        assert len(clean) == round(fraction * len(labels))
+        numbers = clean.images[:, 0, 0, 0].long() * 256 + clean.images[:, 1, 0, 0].long()
+        assert len(numbers.unique()) == len(numbers)
+        assert torch.equal(clean.labels, labels[numbers])
+        for cls, size in enumerate(sizes):
+            assert abs(int((clean.labels == cls).sum()) - size * len(clean) / len(labels)) <= 1
+
+    def test_the_seed_decides(self):
+        data = numbered(torch.arange(400) % 10)
+        first, again, other = (clean_set(data, 0.1, Context(seed=seed)) for seed in (1, 1, 2))
+        assert first.fingerprint == again.fingerprint != other.fingerprint
+
+    @pytest.mark.parametrize("fraction", [0.1, 1.0])
+    def test_shares_no_memory(self, fraction: float):
+        data = numbered(torch.arange(400) % 10)
+        before = data.train.images.clone()
+        clean = clean_set(data, fraction, Context())
+        assert clean.images.untyped_storage().nbytes() == clean.images.nbytes
+        clean.images.fill_(7)
+        clean.labels.fill_(7)
+        assert torch.equal(data.train.images, before)
+        assert torch.equal(data.train.labels, torch.arange(400) % 10)
+
+    @pytest.mark.parametrize("fraction", [0.001, 0.02, 0.99])
+    def test_what_cannot_be_shared_equally_is_refused(self, fraction: float):
+        with pytest.raises(UsageError, match=rf"run\.clean_fraction={fraction:g} of 400 training samples"):
+            clean_set(numbered(torch.arange(400) % 10), fraction, Context())
+
+    def test_a_class_of_one_sample_is_refused(self):
+        labels = torch.cat([torch.zeros(50), torch.ones(1)]).long()
+        with pytest.raises(UsageError, match=r"run\.clean_fraction=0\.5 of 51.*equal shares"):
+            clean_set(numbered(labels), 0.5, Context())
+
+
+@given(st.integers(1, 4), st.integers(0, 2**31 - 1))
+@settings(max_examples=20, deadline=None)
+def test_normalisation_is_mean_and_spread_of_each_channel(channels: int, seed: int):
+    images = torch.randint(
+        0, 256, (9, channels, 5, 6), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
+    arch = architecture("wrn10_1", Labelled(images, torch.zeros(9, dtype=torch.int64)), 3)
+    pixels = images.double().div(255).transpose(0, 1).flatten(1)
+    assert arch.mean == pytest.approx(pixels.mean(1).tolist(), abs=1e-6)
+    assert arch.std == pytest.approx(pixels.std(1, unbiased=False).tolist(), abs=1e-6)
+    assert (arch.classes, arch.shape) == (3, (channels, 5, 6))
+
+
+def test_a_blank_channel_does_not_divide_by_zero():
+    images = torch.zeros(4, 1, 2, 2, dtype=torch.uint8)
+    assert architecture("wrn10_1", Labelled(images, torch.zeros(4, dtype=torch.int64)), 2).std[0] > 0.003
+
+
+class Reader(nn.Module):
+    """A classifier of 5 classes that says what the image's first pixel says."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.eye(5)[images[:, 0, 0, 0].long()]
+
+
+def saying(answers: list[int]) -> Tensor:
+    return torch.tensor(answers, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 2, 2).contiguous()
+
+
+class TestScores:
+    def test_single_target(self):
+        truth = torch.tensor([0, 1, 2, 2, 4, 2, 1, 0, 3, 2])
+        test = Labelled(saying([0, 1, 2, 0, 4, 2, 0, 1, 3, 2]), truth)
+        labels = torch.tensor([0, 1, 4, 1, 0, 3, 1, 0])
+        triggered = Triggered(saying([2, 2, 2, 1, 4, 2, 1, 2]), labels, torch.full_like(labels, 2))
+        scores = evaluate(Reader(), test, triggered, 2, Context())
+        assert scores == Scores(
+            clean_accuracy=7 / 10, asr=5 / 8, ra=2 / 8, target_class_accuracy=3 / 4, nontarget_accuracy=4 / 6
+        )
+
+    def test_all_to_all(self):
+        truth = torch.tensor([0, 1, 2, 3, 4, 4])
+        test = Labelled(saying([0, 1, 2, 3, 4, 0]), truth)
+        triggered = Triggered(saying([1, 2, 2, 4, 0, 3]), truth, (truth + 1) % 5)
+        scores = evaluate(Reader(), test, triggered, None, Context())
+        assert scores == Scores(5 / 6, asr=4 / 6, ra=1 / 6, target_class_accuracy=None, nontarget_accuracy=None)
+
+    def test_no_attack(self):
+        test = Labelled(saying([0, 1, 1]), torch.tensor([0, 1, 2]))
+        assert evaluate(Reader(), test, None, None, Context()) == Scores(2 / 3, None, None, None, None)
+
+    def test_a_model_in_train_mode_is_judged_in_eval_mode(self):
+        model = nn.Sequential(nn.Flatten(), nn.Dropout(0.9), Reader2())
+        test = Labelled(saying([4] * 200), torch.full((200,), 4))
+        assert evaluate(model.train(), test, None, None, Context()).clean_accuracy == 1
+
+
+class Reader2(nn.Module):
+    """The same for flattened images."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return torch.eye(5)[pixels[:, 0].long().clamp(0, 4)]
+
+
+def scored(clean_accuracy: float, asr: float | None) -> Scores:
+    return Scores(clean_accuracy, asr, None, None, None)
+
+
+class TestEffectiveness:
+    @pytest.mark.parametrize(
+        ("before", "after", "der"),
+        [
+            ((0.9, 1.0), (0.9, 0.0), 1.0),  # perfect
+            ((0.9, 1.0), (0.9, 1.0), 0.5),  # did nothing
+            ((0.9, 1.0), (0.85, 0.1), 0.925),
+            ((0.9, 1.0), (0.95, 0.0), 1.0),  # a gain in accuracy earns nothing beyond
+            ((0.9, 0.5), (0.9, 0.7), 0.5),  # nor does a rise in attack success cost
+            ((1.0, 0.0), (0.0, 0.0), 0.0),  # nothing to remove, all destroyed
+        ],
+    )
+    def test_points(self, before: tuple[float, float], after: tuple[float, float], der: float):
+        assert defense_effectiveness(scored(*before), scored(*after)) == pytest.approx(der)
+
+    @given(*[st.floats(0, 1)] * 4)
+    def test_range_and_direction(self, accuracy: float, asr: float, after: float, asr_after: float):
+        der = defense_effectiveness(scored(accuracy, asr), scored(after, asr_after))
+        assert der is not None
+        assert 0 <= der <= 1
+        worse = defense_effectiveness(scored(accuracy, asr), scored(after / 2, asr_after))
+        assert worse is not None
+        assert worse <= der
+
+    def test_destroying_the_model_does_not_score_well(self):
+        constant = defense_effectiveness(scored(1.0, 1.0), scored(0.1, 0.0))
+        modest = defense_effectiveness(scored(1.0, 1.0), scored(0.97, 0.6))
+        assert constant is not None
+        assert modest is not None
+        assert constant < 0.56 < modest
+
+    def test_nothing_to_measure_without_attack(self):
+        assert defense_effectiveness(scored(0.9, None), scored(0.9, None)) is None
+
+
+@pytest.mark.parametrize(
+    ("verdict", "attacked", "target", "right"),
+    [
+        (Verdict(True, 3), True, 3, True),
+        (Verdict(True, 4), True, 3, False),
+        (Verdict(True, 4), True, None, True),  # all-to-all has no single target
+        (Verdict(True, None), True, 3, False),
+        (Verdict(False), True, 3, False),
+        (Verdict(False), False, None, True),
+        (Verdict(True, 3), False, None, False),
+    ],
+)
+def test_verdicts(verdict: Verdict, attacked: bool, target: int | None, right: bool):
+    assert verdict_correct(verdict, attacked, target) is right
