@@ -1,8 +1,10 @@
 """What the machine tells of itself: its processor, and the peak memory of a stage."""
 
+import ctypes
 import platform
 import resource
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -40,3 +42,19 @@ def processor_name() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Let glibc keep freed memory for the next batch instead of handing it back to the system.
+
+    A training step frees and allocates the same activations again and again. By default malloc returns blocks of
+    megabytes to the kernel, which clears every page anew: a fifth of a WRN-16-1 step on a CPU.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return  # not glibc
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(mmap_threshold, 2**30)

@@ -22,9 +22,9 @@ from bdcore.plugins import Host
 from benchmarks import report
 
 FORMS = ("paper", "mixed")
-FRACTIONS = (0.03, 0.05, 0.1, 0.2)
+FRACTIONS = (0.05, 0.1, 0.2)
 
-CIFAR10 = ("attack.target=5", "attack.poison_rate=0.1", "train.epochs=20", "train.crop=4", "train.flip=true")
+CIFAR10 = ("attack.target=5", "attack.poison_rate=0.1", "train.epochs=12", "train.lr=0.2", "train.flip=true")
 """Options of every CIFAR-10 run; all others are defaults, among them 5% clean data."""
 
 PUBLISHED = {"victim": (0.8301, 0.9964), "mcldef": (0.8229, 0.0192)}
@@ -77,8 +77,11 @@ def curve(given: argparse.Namespace) -> None:
 
 def clean(given: argparse.Namespace) -> None:
     """What a defense does where nothing is wrong."""
-    cases = {f"{form} form": (f"mcldef.form={form}",) for form in FORMS}
-    notes = ["WRN-16-1 trained on clean data; the right verdict is that there is no backdoor."]
+    cases = {"either form": ()}
+    notes = [
+        "WRN-16-1 trained on clean data; the right verdict is that there is no backdoor, and the model is then left as "
+        "it is, so that the form makes no difference."
+    ]
 
     def tables(found: Mapping[str, Seeded]) -> dict[str, list[dict[str, str]]]:
         return {"Seeds": each_seed(found)}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bdcore.context import Context, Progress, derive_seed
 from bdcore.errors import BdcoreError
+from bdcore.machine import keep_freed_memory
 from bdcore.models import Classifier
 from bdcore.training.batches import Batch, epoch_batches, steps_per_epoch
 from bdcore.training.checkpoint import load_checkpoint, save_checkpoint
@@ -52,6 +53,8 @@ def fit(
         raise ValueError(f"fit: phase {phase!r} was trained already in this stage; give every phase its own name")
     context.phases.add(phase)
     device = context.device
+    if device.type == "cpu":
+        keep_freed_memory()
     module.to(device)
     _prepare(module, context)
     columns = {name: column.to(device) for name, column in columns.items()}
