@@ -58,7 +58,7 @@ class Context:
     Args:
         device: where to compute.
         precision: bf16 (autocast) or fp32.
-        seed: this stage's own, from which nothing about other stages can be computed.
+        seed: this stage's own: its random numbers are none of another stage's.
         folder: for checkpoints of this stage; None keeps none.
         report: called after every epoch.
         warn: called with what the user should know and what does not stop the run.
@@ -83,6 +83,6 @@ class Context:
 
 
 def derive_seed(seed: int, *names: str | int) -> int:
-    """A 63-bit seed from `seed` and `names` by SHA-256: independent streams that cannot be traced back."""
+    """A 63-bit seed from `seed` and `names` by SHA-256, so that every purpose has a stream of its own."""
     text = "/".join(str(part) for part in (seed, *names))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

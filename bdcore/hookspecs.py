@@ -1,4 +1,4 @@
-"""The contract between bdcore and its plugins. Adding a hook or an argument is a minor version, removing one a major."""
+"""The contract with plugins. Adding a hook or an argument is a minor version, removing one a major."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any

@@ -228,7 +228,7 @@ class _Run:
         return entry
 
     def context(self, stage: str, folder: Path | None = None) -> Context:
-        """A context whose seed says nothing about other stages': a defense cannot recompute the attacker's choices."""
+        """A context with a seed of its own, so that a defense draws none of the numbers that the attacker drew."""
         return Context(
             device=self.device,
             precision=self.precision,

@@ -125,6 +125,7 @@ def _defense(chosen: Chosen, entry: Entry, scores: Scores, victim: Scores, poiso
         **asdict(scores),
         "der": defense_effectiveness(victim, scores),
         "verdict": found,
+        "triggers": entry.payload["targets"],
         **entry.payload["cost"],
         "notes": entry.payload["notes"],
     }

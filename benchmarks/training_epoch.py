@@ -73,7 +73,7 @@ def main() -> None:
     ]
     title = f"One training epoch of WRN-16-1 on {given.images:,} images"
     notes = [
-        f"Median of {given.rounds} rounds in which the contestants take turns, each in a process of its own after a warm-up.",
+        f"Median of {given.rounds} rounds; the contestants take turns, each in a process of its own after a warm-up.",
         "bdcore crops and flips, batches of 128; ABL's loop does not augment, batches of 64.",
         "Images: " + (given.data.name if given.data else "random, of the same shape"),
     ]

@@ -4,9 +4,6 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from bdcore_plugins.attacks import badnets, blended
-from bdcore_plugins.attacks.badnets import BadNets
-from bdcore_plugins.attacks.blended import Blended
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -16,6 +13,9 @@ from torch import Tensor
 from bdcore import Attack, AttackConfig, Context, DataError, Dataset, Labelled
 from bdcore.errors import PluginError, UsageError
 from bdcore.stages.poison import poison
+from bdcore_plugins.attacks import badnets, blended
+from bdcore_plugins.attacks.badnets import BadNets
+from bdcore_plugins.attacks.blended import Blended
 
 
 def samples(count: int, classes: int, shape: tuple[int, int, int], seed: int) -> Labelled:

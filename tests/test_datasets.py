@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bdcore_plugins.datasets import cifar10, digits, npz
-from bdcore_plugins.datasets.cifar10 import Cifar10
-from bdcore_plugins.datasets.digits import Digits
-from bdcore_plugins.datasets.npz import Npz
 from scipy.ndimage import map_coordinates
 from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10
 
 from bdcore import DataError, Dataset, PluginConfig
+from bdcore_plugins.datasets import cifar10, digits, npz
+from bdcore_plugins.datasets.cifar10 import Cifar10
+from bdcore_plugins.datasets.digits import Digits
+from bdcore_plugins.datasets.npz import Npz
 
 # ------------------------------------------------------------------------------------------------------------- digits
 

@@ -6,7 +6,9 @@ torchvision, which checks each file against its published checksum before it ope
 
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import platformdirs
@@ -21,6 +23,8 @@ class Cifar10(DatasetPlugin):
     """CIFAR-10 in its official split."""
 
     name = "cifar10"
+    # Crops are left out: poison is in the data before it is augmented, and a crop may cut the trigger off.
+    train_defaults: ClassVar[Mapping[str, object]] = {"flip": True, "lr": 0.2}
 
     class Config(PluginConfig):
         """Options of CIFAR-10."""
