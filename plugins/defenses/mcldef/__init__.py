@@ -8,7 +8,8 @@ Deviations from the released code:
 - The released code is handed the target class. Here every class is searched (`target_search`); `target` gives it by
   hand, which is recorded as an oracle.
 - An inversion also ends after `patience` epochs without a better trigger; the authors' first form has that rule, their
-  second runs all epochs.
+  second runs all epochs. Of the successful triggers the best changes the fewest pixels, the regulariser deciding
+  between equals (`PixelInversion.keep` says why).
 - The mask form blends in pixel space; the released one blends normalised images and cannot reach white or black.
 - Batches are made as even as can be, and a small clean set is repeated within an epoch until there are `min_steps`
   updates: 20 epochs over 72 images would be 40 updates, over CIFAR-10's 2,500 they are 800.
@@ -56,7 +57,7 @@ class MCLDef(Defense):
 
         inversion: Literal["pixel", "mask"] = Field("pixel", description="the 2023 form (pixel) or that of 2022 (mask)")
         inversion_epochs: int = Field(100, ge=1, le=10_000, description="passes over the clean set to invert a trigger")
-        patience: int = Field(30, ge=1, description="epochs without a better trigger after which an inversion ends")
+        patience: int = Field(20, ge=1, description="epochs without a better trigger after which an inversion ends")
         target: int | None = Field(None, ge=0, description="target class, where it is known: an oracle")
         anomaly: float = Field(2.0, gt=0, description="how many deviations below the median betray the target class")
         form: Literal["paper", "mixed"] = Field("paper", description="triggered images alone, or clean ones as well")
@@ -100,9 +101,10 @@ class MCLDef(Defense):
         trigger = stack.best(0)
         if trigger is None:
             raise DefenseError(
-                f"no trigger sends the clean images to class {int(stack.targets[0])}, so there is nothing to purify "
-                "against and the model is left as it was. More clean images (run.clean_fraction) or more "
-                "mcldef.inversion_epochs may find one; perhaps that class is not the target."
+                f"no trigger was found that sends the clean images to class {int(stack.targets[0])}, or they go there "
+                "without one: there is nothing to purify against, and the model is left as it was. More clean images "
+                "(run.clean_fraction) or more mcldef.inversion_epochs may find one; perhaps that class is not the "
+                "target."
             )
         model = self.purify(given.model, frozen, trigger, images, context)
         return Outcome(model, verdict, (trigger,), {"trigger_size": round(float(stack.size[0]), 3)})

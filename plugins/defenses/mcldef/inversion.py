@@ -33,6 +33,7 @@ def invert(
         stack.end_epoch()
         return bool((stack.stale >= patience).all())
 
+    stack.stale.zero_()  # patience counts within one inversion, not over the rounds before it
     recipe = type(stack).recipe.model_copy(update={"epochs": epochs})
     columns = {"images": images}
     fit(phase, stack, columns, lambda batch: stack.loss(model, batch["images"]), recipe, context, end_epoch)
@@ -156,14 +157,19 @@ class PixelInversion(Inversion):
         return self.weight * self.cost()
 
     def keep(self, success: Tensor) -> None:
-        """Drop changes below one grey level, keep the best, and move the weight after ten epochs of one kind."""
+        """Drop changes below one grey level, keep the best, and move the weight after ten epochs of one kind.
+
+        The best changes the fewest pixels; the regulariser decides between equals. It cannot decide alone: values below
+        zero lower it and change no pixel, so it may be at its lowest while the trigger still shrinks.
+        """
         faint = self.delta().abs() < 1 / 255
         self.up[faint] = 0
         self.down[faint] = 0
         delta, cost = self.delta(), self.cost()
         pixels = delta.abs().amax(1).gt(0).sum((1, 2)).float()
         won = success >= SUCCESS
-        better = won & (cost < self.best_cost) & (pixels <= self.best_pixels)
+        fewer, equal = pixels < self.best_pixels, pixels == self.best_pixels
+        better = won & (fewer | (equal & (cost < self.best_cost)))
         self.best_delta[better] = delta[better]
         self.best_cost[better] = cost[better]
         self.best_pixels[better] = pixels[better]

@@ -37,16 +37,18 @@ def search_target(model: nn.Module, stack: Inversion, images: Tensor, anomaly: f
         context: where and how to compute.
 
     Returns:
-        The verdict; its evidence is each class's deviation below the median.
+        The verdict; its evidence is each class's deviation below the median. With fewer than five classes nothing is
+        inverted: a warning, and a verdict without target or evidence.
     """
     classes = len(stack.targets)
     if classes < _FEW:
         context.warn(f"{classes} classes are too few to tell an outlier among them: no target class can be found")
+        return Verdict(False)
     everyone = torch.arange(classes)
     _round("short", _SHORT, model, stack, everyone, images, context)
     sizes = _log_sizes(stack)
     verdict = _judge(sizes, anomaly)
-    if verdict.target is not None or classes < _FEW:
+    if verdict.target is not None:
         return verdict
     # Nothing stands out yet. The smallest triggers shrank fastest, all having begun alike: they get more time.
     promising = sizes.argsort()[: ceil(classes / 3)]
