@@ -100,7 +100,7 @@ def cifar10(given: argparse.Namespace) -> None:
         "Published: the authors' release on its own victim, target given, accuracy without the target class.",
         f"Released code: {RELEASED_SECONDS['inversion']} s inversion + {RELEASED_SECONDS['purification']} s "
         "purification on 2 CPU cores, fp32.",
-        "The released inversion runs 100 epochs; ours also ends after 20 without a better trigger.",
+        "The released inversion runs 100 epochs; ours also ends after 20 without a smaller trigger.",
     ]
 
     def tables(found: Mapping[str, Seeded]) -> dict[str, list[dict[str, str]]]:

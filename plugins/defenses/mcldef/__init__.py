@@ -7,9 +7,10 @@ verdict on which class the backdoor leads to, and the inverted trigger.
 Deviations from the released code:
 - The released code is handed the target class. Here every class is searched (`target_search`); `target` gives it by
   hand, which is recorded as an oracle.
-- An inversion also ends after `patience` epochs without a better trigger; the authors' first form has that rule, their
-  second runs all epochs. Of the successful triggers the best changes the fewest pixels, the regulariser deciding
-  between equals (`PixelInversion.keep` says why).
+- An inversion also ends after `patience` epochs without a smaller trigger; the authors' first form has that rule, with
+  30, their second runs all epochs.
+- Of the successful triggers the best changes the fewest pixels, the regulariser deciding between equals
+  (`PixelInversion.keep` says why).
 - The mask form blends in pixel space; the released one blends normalised images and cannot reach white or black.
 - Batches are made as even as can be, and a small clean set is repeated within an epoch until there are `min_steps`
   updates: 20 epochs over 72 images would be 40 updates, over CIFAR-10's 2,500 they are 800.
@@ -57,7 +58,7 @@ class MCLDef(Defense):
 
         inversion: Literal["pixel", "mask"] = Field("pixel", description="the 2023 form (pixel) or that of 2022 (mask)")
         inversion_epochs: int = Field(100, ge=1, le=10_000, description="passes over the clean set to invert a trigger")
-        patience: int = Field(20, ge=1, description="epochs without a better trigger after which an inversion ends")
+        patience: int = Field(20, ge=1, description="epochs without a smaller trigger after which an inversion ends")
         target: int | None = Field(None, ge=0, description="target class, where it is known: an oracle")
         anomaly: float = Field(2.0, gt=0, description="how many deviations below the median betray the target class")
         form: Literal["paper", "mixed"] = Field("paper", description="triggered images alone, or clean ones as well")

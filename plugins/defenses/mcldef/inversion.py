@@ -27,7 +27,7 @@ def invert(
     patience: int,
     context: Context,
 ) -> None:
-    """Train the triggers of `stack` on uint8 [N, C, H, W] images; end where none got better for `patience` epochs."""
+    """Train the triggers of `stack` on uint8 [N, C, H, W] images; end where none got smaller for `patience` epochs."""
 
     def end_epoch(epoch: int, figures: dict[str, float]) -> bool:
         stack.end_epoch()
@@ -64,7 +64,7 @@ class Inversion(nn.Module, ABC):
         self.shape = shape
         self.targets = nn.Buffer(targets.clone())
         self.size = nn.Buffer(torch.full((len(targets),), torch.inf))  # of the best trigger; inf: none succeeded yet
-        self.stale = nn.Buffer(torch.zeros(len(targets)))  # epochs since the best one
+        self.stale = nn.Buffer(torch.zeros(len(targets)))  # epochs since the last smaller one
         self.hits = nn.Buffer(torch.zeros(len(targets)))  # images sent to their target in this epoch,
         self.seen = nn.Buffer(torch.zeros(len(targets)))  # of so many
 
@@ -174,7 +174,7 @@ class PixelInversion(Inversion):
         self.best_cost[better] = cost[better]
         self.best_pixels[better] = pixels[better]
         self.size[better] = delta.abs().amax(1).sum((1, 2))[better]
-        self.stale[better] = 0
+        self.stale[won & fewer] = 0  # a better one among equals is no reason to go on
         self.successes.copy_(torch.where(won, self.successes + 1, 0))
         self.failures.copy_(torch.where(won, 0, self.failures + 1))
         raised, lowered = self.successes >= 10, self.failures >= 10
