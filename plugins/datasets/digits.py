@@ -24,8 +24,8 @@ class Digits(DatasetPlugin):
     """Ten classes of real handwriting, small enough for any machine."""
 
     name = "digits"
-    # A mirrored digit is no digit, so training leaves flip off, as is the default.
-    train_defaults: ClassVar[Mapping[str, object]] = {"epochs": 20, "batch_size": 64}
+    # A mirrored digit is no digit.
+    train_defaults: ClassVar[Mapping[str, object]] = {"flip": False, "epochs": 20, "batch_size": 64}
 
     def load(self, argument: str | None) -> Dataset:
         """Both parts, uint8 [N, 3, 32, 32]; takes no argument."""
