@@ -22,7 +22,7 @@ from bdcore.plugins import Host
 from benchmarks import report
 
 FORMS = ("paper", "mixed")
-FRACTIONS = (0.05, 0.2)
+FRACTIONS = (0.05, 0.1, 0.2)
 
 CIFAR10 = ("attack.target=5", "attack.poison_rate=0.1", "train.epochs=12", "train.lr=0.2", "train.flip=true")
 """Options of every CIFAR-10 run; all others are defaults, among them 5% clean data."""
