@@ -263,18 +263,17 @@ def digits() -> Digit:
 
 
 class TestWhole:
-    # On so small a victim the paper's form ends at an ASR between 0 and 0.05, with the order of additions (threads,
-    # instruction set); the bars of the real setting are those of the slow test below.
+    # The paper's form gets the published 20 epochs of 20 updates: with half of them this small victim ended at an ASR
+    # of 0.02 or 0.145, depending on the number of threads and so on the order of additions.
     @pytest.mark.parametrize(
-        ("inversion", "form", "left", "lost"),
-        [("pixel", "paper", 0.2, 0.1), ("pixel", "mixed", 0.1, 0.05), ("mask", "mixed", 0.1, 0.05)],
+        ("inversion", "form", "lost"), [("pixel", "paper", 0.1), ("pixel", "mixed", 0.05), ("mask", "mixed", 0.05)]
     )
-    def test_purifies(self, digits: Digit, inversion: str, form: str, left: float, lost: float):
+    def test_purifies(self, digits: Digit, inversion: str, form: str, lost: float):
         inverted = {"pixel": 25, "mask": 50}[inversion]
         outcome = digits.defend(inversion=inversion, form=form, inversion_epochs=inverted, epochs=20, min_steps=20)
         assert outcome.model is not None
         after = digits.scores(outcome.model)
-        assert after.asr < left
+        assert after.asr < 0.1
         assert after.clean_accuracy > digits.before.clean_accuracy - lost
         assert after.ra > 0.75, "triggered images are given their own class again"
 
