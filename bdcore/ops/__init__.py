@@ -1,18 +1,17 @@
-"""Torch operators of bdcore, each with a pure-PyTorch reference that computes wherever no faster kernel is loaded.
+"""Torch operators of bdcore: schema, reference and gradient in Python, kernels in csrc/ compiled at install time.
 
-The reference is registered under the key that CPU and CUDA kernels override: a compiled library that adds those to the
-same schema changes speed, not meaning, and nothing in Python.
+Each operator has a file here. Where no compiled kernel is loaded its pure-PyTorch reference computes, with the same
+meaning; `registration` says how one or the other is chosen.
 """
 
 from bdcore.ops.blend_trigger import blend_trigger
 from bdcore.ops.model_contrastive_loss import model_contrastive_loss
+from bdcore.ops.native import load
+from bdcore.ops.registration import registered
 
-OPERATORS: tuple[str, ...] = (
-    "bdcore::blend_trigger",
-    "bdcore::blend_trigger_backward",
-    "bdcore::model_contrastive_loss",
-    "bdcore::model_contrastive_loss_backward",
-)
+load()
+
+OPERATORS: tuple[str, ...] = tuple(f"bdcore::{name}" for name in registered)
 """Qualified names of all operators, forward and backward; `torch.ops.bdcore.NAME` calls them."""
 
 __all__ = ["OPERATORS", "blend_trigger", "model_contrastive_loss"]

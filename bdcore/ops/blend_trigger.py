@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bdcore.ops.registration import operators, register
+
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -41,8 +43,9 @@ def blend_trigger(
 
     Raises:
         TypeError: where a dtype is not as above.
-        ValueError: where shapes, devices, an index or an offset are not as above, or a gradient is asked of a uint8
-            result.
+        ValueError: where shapes or devices are not as above, or a gradient is asked of a uint8 result.
+        RuntimeError: where an index or an offset lies outside; on a GPU, as everywhere in PyTorch, a kernel's assertion
+            ends the process's use of the device.
     """
     _check_images(images, pattern, mask)
     _check_choice("index", index, [images.shape[0]], images.device)
@@ -58,7 +61,7 @@ def blend_trigger(
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (images, pattern, mask)):
             raise ValueError("a uint8 result has no gradient: pass out_dtype=torch.float32, or detach the inputs")
     dtype = torch.promote_types(pattern.dtype, mask.dtype)
-    return torch.ops.bdcore.blend_trigger(
+    return operators(images).blend_trigger(
         images, pattern.to(dtype), mask.to(dtype), index, offset, _floats(mean), _floats(std), out_dtype
     )
 
@@ -113,24 +116,9 @@ def _floats(values: Sequence[float] | None) -> list[float] | None:
     return None if values is None else [float(value) for value in values]
 
 
-torch.library.define(
-    "bdcore::blend_trigger",
-    "(Tensor images, Tensor pattern, Tensor mask, Tensor? index, Tensor? offset, float[]? mean, float[]? std,"
-    " ScalarType out_dtype) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-# A gradient that is not asked for comes back as an empty tensor.
-torch.library.define(
-    "bdcore::blend_trigger_backward",
-    "(Tensor grad, Tensor images, Tensor pattern, Tensor mask, Tensor? index, Tensor? offset, float[]? std,"
-    " bool need_images, bool need_pattern, bool need_mask) -> (Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
 _Window = tuple[Tensor | slice, ...]
 
 
-@torch.library.impl("bdcore::blend_trigger", "default")
 def _forward(
     images: Tensor,
     pattern: Tensor,
@@ -180,7 +168,6 @@ def _forward_fake(
     return torch.empty_like(images, dtype=out_dtype)
 
 
-@torch.library.impl("bdcore::blend_trigger_backward", "default")
 def _backward(
     grad: Tensor,
     images: Tensor,
@@ -244,15 +231,16 @@ def _accumulator(images: Tensor, pattern: Tensor) -> torch.dtype:
 
 
 def _check_values(images: Tensor, pattern: Tensor, index: Tensor | None, offset: Tensor | None) -> None:
-    # Here and not beside the other checks, because torch.compile cannot trace a question about values.
+    # Here and not beside the other checks, because torch.compile cannot trace a question about values; RuntimeError,
+    # because compiled kernels can raise nothing else.
     triggers, _, rows, columns = pattern.shape
     height, width = images.shape[2:]
     if index is not None and bool(((index < -1) | (index >= triggers)).any()):
-        raise ValueError(f"index must be in [-1, {triggers - 1}] for {triggers} triggers, got {_range(index)}")
+        raise RuntimeError(f"index must be in [-1, {triggers - 1}] for {triggers} triggers, got {_range(index)}")
     if offset is not None:
         limit = offset.new_tensor([height - rows, width - columns])
         if bool(((offset < 0) | (offset > limit)).any()):
-            raise ValueError(
+            raise RuntimeError(
                 f"offset places a patch of {rows} x {columns} pixels outside images of {height} x {width}: top must be"
                 f" in [0, {height - rows}] and left in [0, {width - columns}], got top {_range(offset[:, 0])}"
                 f" and left {_range(offset[:, 1])}"
@@ -307,19 +295,28 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(images, pattern, mask, index, offset)
 
 
-def _gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(ops: Any, ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 8
     needed = ctx.needs_input_grad[:3]
-    found = torch.ops.bdcore.blend_trigger_backward(grad, *ctx.saved_tensors, ctx.std, *needed)
+    found = ops.blend_trigger_backward(grad, *ctx.saved_tensors, ctx.std, *needed)
     return (*(value if need else None for value, need in zip(found, needed, strict=True)), *((None,) * 5))
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
-    raise NotImplementedError("blend_trigger has no second derivatives: its gradient cannot be differentiated")
-
-
-torch.library.register_fake("bdcore::blend_trigger", _forward_fake)
-torch.library.register_fake("bdcore::blend_trigger_backward", _backward_fake)
-torch.library.register_autograd("bdcore::blend_trigger", _gradients, setup_context=_setup_context)
-torch.library.register_autograd("bdcore::blend_trigger_backward", _no_second_derivative)
+register(
+    "blend_trigger",
+    "(Tensor images, Tensor pattern, Tensor mask, Tensor? index, Tensor? offset, float[]? mean, float[]? std,"
+    " ScalarType out_dtype) -> Tensor",
+    _forward,
+    _forward_fake,
+    _setup_context,
+    _gradients,
+)
+# A gradient that is not asked for comes back as an empty tensor.
+register(
+    "blend_trigger_backward",
+    "(Tensor grad, Tensor images, Tensor pattern, Tensor mask, Tensor? index, Tensor? offset, float[]? std,"
+    " bool need_images, bool need_pattern, bool need_mask) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.linalg import vector_norm as norm
 
 from bdcore.errors import unknown_name
+from bdcore.ops.registration import operators, register
 
 Reduction = Literal["none", "mean", "sum"]
 
@@ -63,26 +64,9 @@ def model_contrastive_loss(
     if reduction not in _REDUCTIONS:
         raise ValueError(unknown_name("reduction", reduction, _REDUCTIONS))
     dtype = torch.promote_types(torch.promote_types(anchor.dtype, positive.dtype), negatives.dtype)
-    return torch.ops.bdcore.model_contrastive_loss(
+    return operators(anchor).model_contrastive_loss(
         anchor.to(dtype), positive.to(dtype), negatives.to(dtype), float(temperature), _REDUCTIONS[reduction]
     )[0]
-
-
-# Besides the loss, norms [B, 2 + K] (of anchor, positive, negatives) and cosines [B, 1 + K] are returned: all that the
-# backward pass needs besides the inputs, and nothing of the size of a feature vector.
-torch.library.define(
-    "bdcore::model_contrastive_loss",
-    "(Tensor anchor, Tensor positive, Tensor negatives, float temperature, int reduction)"
-    " -> (Tensor loss, Tensor norms, Tensor cosines)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-# A gradient that is not asked for comes back as an empty tensor.
-torch.library.define(
-    "bdcore::model_contrastive_loss_backward",
-    "(Tensor grad, Tensor anchor, Tensor positive, Tensor negatives, Tensor norms, Tensor cosines, float temperature,"
-    " int reduction, bool need_anchor, bool need_positive, bool need_negatives) -> (Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -90,7 +74,6 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 # Sums of products rather than matrix products: those autocast, or a TF32 setting, would compute in fewer bits.
-@torch.library.impl("bdcore::model_contrastive_loss", "default")
 def _forward(
     anchor: Tensor, positive: Tensor, negatives: Tensor, temperature: float, reduction: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,7 +106,6 @@ def _forward_fake(
     )
 
 
-@torch.library.impl("bdcore::model_contrastive_loss_backward", "default")
 def _backward(
     grad: Tensor,
     anchor: Tensor,
@@ -194,21 +176,32 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(anchor, positive, negatives, norms, cosines)
 
 
-def _gradients(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(ops: Any, ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 5
     needed = ctx.needs_input_grad[:3]
-    found = torch.ops.bdcore.model_contrastive_loss_backward(
+    found = ops.model_contrastive_loss_backward(
         grad, *ctx.saved_tensors, ctx.temperature, ctx.reduction, *needed
     )
     return (*(value if need else None for value, need in zip(found, needed, strict=True)), None, None)
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
-    raise NotImplementedError("model_contrastive_loss has no second derivatives: its gradient cannot be differentiated")
-
-
-torch.library.register_fake("bdcore::model_contrastive_loss", _forward_fake)
-torch.library.register_fake("bdcore::model_contrastive_loss_backward", _backward_fake)
-torch.library.register_autograd("bdcore::model_contrastive_loss", _gradients, setup_context=_setup_context)
-torch.library.register_autograd("bdcore::model_contrastive_loss_backward", _no_second_derivative)
+# Besides the loss, norms [B, 2 + K] (of anchor, positive, negatives) and cosines [B, 1 + K] are returned: all that the
+# backward pass needs besides the inputs, and nothing of the size of a feature vector.
+register(
+    "model_contrastive_loss",
+    "(Tensor anchor, Tensor positive, Tensor negatives, float temperature, int reduction)"
+    " -> (Tensor loss, Tensor norms, Tensor cosines)",
+    _forward,
+    _forward_fake,
+    _setup_context,
+    _gradients,
+)
+# A gradient that is not asked for comes back as an empty tensor.
+register(
+    "model_contrastive_loss_backward",
+    "(Tensor grad, Tensor anchor, Tensor positive, Tensor negatives, Tensor norms, Tensor cosines, float temperature,"
+    " int reduction, bool need_anchor, bool need_positive, bool need_negatives) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
