@@ -36,6 +36,7 @@ from bdcore.contract import Attack, DatasetPlugin, Defense, Plugin
 from bdcore.errors import BdcoreError
 from bdcore.machine import peak_memory_bytes, reset_peak_memory
 from bdcore.models import build, metered
+from bdcore.ops.registration import implementation
 from bdcore.plugins import Host, Loaded, explain
 from bdcore.record import check_folder, make_record, write_run_folder
 from bdcore.stages import data
@@ -100,6 +101,7 @@ class _Run:
             "torch": torch.__version__,
             "device": self.device.type,
             "precision": self.precision,
+            "operators": implementation(self.device.type),
             "compile": config.run.compile,
             "seed": config.run.seed,
         }
@@ -124,7 +126,7 @@ class _Run:
         oracles = {chosen.plugin.name: _oracles(chosen) for chosen in config.defenses}
         record = make_record(
             run_id(config), config, oracles, dataset, poisoned, trained, victim_scores, defended,
-            self.device, self.precision,
+            self.device, self.precision, self.base["operators"],
         )  # fmt: skip
         files = {"victim": trained.path("model")}
         for chosen, entry, _ in defended:
@@ -151,7 +153,8 @@ class _Run:
             secrets = asdict(made.triggered)
             return {"target": made.target}, {"poison": tensors, "triggered": secrets}
 
-        entry = self.stage("poison", {**depends, "bdcore": _code(), "torch": torch.__version__}, build_it)
+        code = {"bdcore": _code(), "torch": torch.__version__, "operators": implementation("cpu")}
+        entry = self.stage("poison", {**depends, **code}, build_it)
         changes = entry.tensors("poison")
         images, labels = train_set.images.clone(), train_set.labels.clone()
         images[changes["index"]] = changes["images"]
@@ -204,7 +207,7 @@ class _Run:
             "test": test.fingerprint,
             "triggered": fingerprint(asdict(triggered)) if triggered else None,
             "target": poisoned.target,
-            **{name: self.base[name] for name in ("bdcore", "torch", "device")},
+            **{name: self.base[name] for name in ("bdcore", "torch", "device", "operators")},
         }
 
         def build_it(context: Context) -> _Result:
@@ -346,11 +349,12 @@ def _blamed(plugin: Loaded) -> Generator[None]:
 
 @cache
 def _code() -> str:
-    """SHA-256 over the sources of bdcore that numbers depend on."""
+    """SHA-256 over the sources and libraries of bdcore that numbers depend on."""
     root = Path(__file__).parent
     files = [root / name for name in ("artifacts.py", "context.py", "contract.py", "pipeline.py")]
     for part in ("models", "ops", "stages", "training"):
         files += (root / part).rglob("*.py")
+    files += (root / "ops").glob("*.so")
     digests = hashlib.sha256()
     for file in sorted(files):
         digests.update(f"{file.relative_to(root)}|".encode() + file.read_bytes())

@@ -34,6 +34,7 @@ def make_record(
     defended: list[tuple[Chosen, Entry, Scores]],
     device: torch.device,
     precision: str,
+    operators: str,
 ) -> dict[str, Any]:
     """The record without its artifacts: JSON values, figures as fractions of 1, null where nothing can be measured."""
     attacks = [config.attack] if config.attack else []
@@ -71,6 +72,7 @@ def make_record(
             "name": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
             "threads": torch.get_num_threads(),
             "precision": precision,
+            "operators": operators,
         },
     }
 

@@ -4,7 +4,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
@@ -13,9 +13,10 @@ from torch import Tensor
 from bdcore import Attack, AttackConfig, Context, DataError, Dataset, Labelled
 from bdcore.errors import PluginError, UsageError
 from bdcore.stages.poison import poison
-from bdcore_plugins.attacks import badnets, blended
+from bdcore_plugins.attacks import badnets, blended, sig
 from bdcore_plugins.attacks.badnets import BadNets
 from bdcore_plugins.attacks.blended import Blended
+from bdcore_plugins.attacks.sig import Sig
 
 
 def samples(count: int, classes: int, shape: tuple[int, int, int], seed: int) -> Labelled:
@@ -44,7 +45,13 @@ def attacks() -> st.SearchStrategy[Attack]:
     blends = st.builds(Blended.Config, target=st.integers(0, 1), poison_rate=rate, alpha=st.floats(0.01, 1)).map(
         Blended
     )
-    return patches | blends
+    stripes = st.builds(
+        Sig.Config,
+        poison_rate=rate,
+        amplitude=st.floats(1, 255),
+        frequency=st.floats(0.1, 3.9),
+    ).map(Sig)
+    return patches | blends | stripes
 
 
 @settings(max_examples=60, deadline=None)
@@ -56,8 +63,9 @@ def attacks() -> st.SearchStrategy[Attack]:
     shape=st.tuples(st.sampled_from([1, 3]), st.integers(8, 40), st.integers(8, 40)),
 )
 def test_poisoning_keeps_its_promises(attack: Attack, seed: int, count: int, classes: int, shape: tuple[int, int, int]):
-    # At most a third is asked for; give it enough samples of other classes than the target.
+    # At most a third is asked for; give it enough samples of the target and of other classes.
     clean = dataset(count, classes, shape)
+    clean.train.labels[: count // 3 + 1] = 0
     clean.train.labels[count // 2 :] = classes - 1
     attack = type(attack)(attack.config.model_copy(update={"target": 0}))
     before = clean.train.images.clone(), clean.train.labels.clone(), clean.test.images.clone()
@@ -75,7 +83,8 @@ def test_poisoning_keeps_its_promises(attack: Attack, seed: int, count: int, cla
     all_to_all = isinstance(attack, BadNets) and attack.config.all_to_all
     expected = [(y + 1) % classes if all_to_all else 0 for y in true.tolist()]
     assert given.tolist() == expected
-    assert bool((given != true).all())
+    clean_label = isinstance(attack, Sig)
+    assert bool((given == true).all() if clean_label else (given != true).all())
     assert result.target == (None if all_to_all else 0)
     assert result.train.images.dtype == torch.uint8
 
@@ -104,7 +113,9 @@ def test_another_seed_takes_other_samples():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("attack", [BadNets(BadNets.Config(pattern="noise")), Blended(Blended.Config())])
+@pytest.mark.parametrize(
+    "attack", [BadNets(BadNets.Config(pattern="noise")), Blended(Blended.Config()), Sig(Sig.Config())]
+)
 def test_a_gpu_poisons_alike(attack: Attack):
     clean, device = dataset(200), torch.device("cuda")
     on_gpu = Dataset("made", clean.train.to(device), clean.test.to(device), clean.classes)
@@ -289,7 +300,40 @@ def test_blended_says_why_a_picture_cannot_be_read(tmp_path: Path):
         Blended(Blended.Config(picture=tmp_path / "cut.png")).stamp(images, Context())
 
 
-@pytest.mark.parametrize(("module", "kind"), [(badnets, BadNets), (blended, Blended)])
+@settings(max_examples=30, deadline=None)
+@given(amplitude=st.floats(1, 255), frequency=st.floats(0.1, 20), width=st.integers(2, 40), channels=st.integers(1, 4))
+def test_sig_adds_the_rounded_signal_and_saturates(amplitude: float, frequency: float, width: int, channels: int):
+    signal = amplitude * np.sin(2 * np.pi * np.arange(width) * frequency / width)
+    assume(np.abs(signal).max() > 0.6)
+    images = torch.randint(0, 256, (3, channels, 5, width), dtype=torch.uint8)
+    images[0], images[1] = 0, 255
+    result = Sig(Sig.Config(amplitude=amplitude, frequency=frequency)).stamp(images, Context())
+    clear = np.abs(signal - np.floor(signal) - 0.5) > 1e-6  # both roundings of a tie are right
+    expected = np.clip(images.numpy() + np.round(signal), 0, 255)
+    assert np.array_equal(result.numpy()[..., clear], expected[..., clear])
+
+
+def test_sig_is_the_papers_signal():
+    grey = torch.full((1, 3, 32, 32), 128, dtype=torch.uint8)
+    row = Sig(Sig.Config()).stamp(grey, Context())[0, 1, 7].double() - 128
+    columns = torch.arange(32)
+    assert float((row - 20 * torch.sin(2 * torch.pi * columns * 6 / 32)).abs().max()) <= 0.5
+    assert float(row.sum().abs()) <= 1
+
+
+def test_sig_refuses_a_signal_that_is_nowhere():
+    with pytest.raises(DataError, match=r"attack.frequency=16 leaves no signal on images 32 pixels wide"):
+        Sig(Sig.Config(frequency=16)).stamp(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), Context())
+
+
+def test_sig_cannot_poison_more_than_its_class():
+    clean = dataset(100, 4)
+    own = int((clean.train.labels == 0).sum())
+    with pytest.raises(UsageError, match=f"but sig can poison only {own}"):
+        poison(clean, Sig(Sig.Config(poison_rate=0.5)), Context())
+
+
+@pytest.mark.parametrize(("module", "kind"), [(badnets, BadNets), (blended, Blended), (sig, Sig)])
 def test_hooks_return_the_attacks(module: ModuleType, kind: type[Attack]):
     assert module.bdcore_attack() is kind
     assert issubclass(kind.Config, AttackConfig)
@@ -305,6 +349,9 @@ def test_hooks_return_the_attacks(module: ModuleType, kind: type[Attack]):
         (Blended.Config, {"alpha": 0}),
         (Blended.Config, {"alpha": 1.1}),
         (Blended.Config, {"poison_rate": -0.1}),
+        (Sig.Config, {"amplitude": 256}),
+        (Sig.Config, {"amplitude": 0.4}),
+        (Sig.Config, {"frequency": 0}),
     ],
 )
 def test_bad_options_are_refused(config: type[AttackConfig], options: dict):

@@ -11,6 +11,7 @@ import torch
 
 from bdcore import cli
 from bdcore.ops import OPERATORS
+from bdcore.ops.native import load
 
 
 @pytest.fixture
@@ -26,14 +27,17 @@ def doctor(capsys):
 
 def test_it_reports_versions_threads_operators_and_plugins(doctor):
     report = doctor()
-    assert list(report) == ["versions", "devices", "threads", "cache", "operators", "plugins"]
+    assert list(report) == ["versions", "devices", "threads", "cache", "native", "operators", "plugins"]
     assert report["versions"]["python"] == platform.python_version()
     for name in ("bdcore", "torch", "torchvision", "numpy", "pluggy", "scikit-learn"):
         assert report["versions"][name] == version(name)
     assert "pytest" not in report["versions"]  # an extra
     assert report["threads"]["torch"] == torch.get_num_threads()
     assert set(report["operators"]) == set(OPERATORS)
-    assert all(report["operators"].values())
+    cpu, cuda = load()["cpu"].loaded, load()["cuda"].loaded
+    expected = f"cpu {'native' if cpu else 'reference'}, cuda {'native' if cuda else 'reference'}"
+    assert set(report["operators"].values()) == {expected}
+    assert report["native"]["cpu"] == load()["cpu"].detail
     assert "mcldef" in {row["name"] for row in report["plugins"]}
 
 
@@ -74,7 +78,7 @@ def test_a_part_that_cannot_be_examined_says_why_and_the_others_are_shown(doctor
 def test_the_text_form_in_a_process_of_its_own(new_site):
     site = new_site()
     site.add("bad-dist", {"bad": "bad_plugin"}, {"bad_plugin.py": "print('noise')\nraise RuntimeError('no')"})
-    done = site.bdcore("doctor", BDCORE_CACHE=str(site.folder / "cache"), CUDA_VISIBLE_DEVICES="")
+    done = site.bdcore("doctor", BDCORE_CACHE=str(site.folder / "cache"), CUDA_VISIBLE_DEVICES="", BDCORE_OPS="reference")
     assert done.returncode == 0
     assert "noise" not in done.stdout
     lines = done.stdout.splitlines()
@@ -83,7 +87,8 @@ def test_the_text_form_in_a_process_of_its_own(new_site):
         "    cuda: none",
         "  OMP_NUM_THREADS: 1",
         f"  folder: {site.folder / 'cache'}",
-        f"  {OPERATORS[0]}: reference (PyTorch)",
+        f"  {OPERATORS[0]}: cpu reference, cuda reference",
+        "  BDCORE_OPS: reference",
     ):
         assert line.strip() in {shown.strip() for shown in lines}
     assert any("why_no_cuda: " in line for line in lines)

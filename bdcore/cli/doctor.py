@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any, cast
 
@@ -129,15 +130,32 @@ def _cache() -> dict[str, Any]:
     return {"folder": str(folder), "exists": folder.exists(), "writable": writable, "free_bytes": free}
 
 
+def _native() -> dict[str, str]:
+    """Of each compiled part what it was built with, or why it is not in use."""
+    from bdcore.ops.native import load
+
+    parts = load()
+    found = {part: status.detail for part, status in parts.items()}
+    if parts["cpu"].loaded and parts["host"].loaded:
+        found["instructions"] = import_module("bdcore.ops._host").cpu_level()
+    return {**found, "BDCORE_OPS": os.environ.get("BDCORE_OPS", "not set")}
+
+
 def _operators() -> dict[str, str]:
+    """What each operator runs as on a CPU and on a GPU."""
+    import torch
+
     from bdcore.ops import OPERATORS
+    from bdcore.ops.registration import implementation
 
-    return {name: _implementation(name) for name in OPERATORS}
-
-
-def _implementation(operator: str) -> str:
-    """Which implementation of `operator` runs. There is one, its PyTorch reference, on every device."""
-    return "reference (PyTorch)"
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key  # pyright: ignore[reportPrivateUsage]
+    running = {device: implementation(device) for device in ("cpu", "cuda")}
+    return {
+        name: ", ".join(
+            f"{device} {how if has_kernel(name, device.upper()) else 'reference'}" for device, how in running.items()
+        )
+        for name in OPERATORS
+    }
 
 
 _PARTS: Mapping[str, Callable[[], Any]] = {
@@ -145,6 +163,7 @@ _PARTS: Mapping[str, Callable[[], Any]] = {
     "devices": _devices,
     "threads": _threads,
     "cache": _cache,
+    "native": _native,
     "operators": _operators,
     "plugins": lambda: Host().listing(),
 }

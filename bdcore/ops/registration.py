@@ -21,8 +21,8 @@ registered: list[str] = []
 """Names of all operators, without a namespace, in the order of registration."""
 
 
-def operators(*tensors: Tensor) -> Any:
-    """The namespace to call an operator in: `torch.ops.bdcore`, or `torch.ops.bdcore_reference`.
+def operators(tensor: Tensor) -> Any:
+    """The namespace to call an operator on `tensor` in: `torch.ops.bdcore`, or `torch.ops.bdcore_reference`.
 
     Chosen at every call by BDCORE_OPS: unset, compiled kernels run where there are some; `reference` never uses them;
     `native` refuses to go without. A function that torch.compile has compiled keeps the choice of that moment.
@@ -33,15 +33,22 @@ def operators(*tensors: Tensor) -> Any:
     choice = os.environ.get("BDCORE_OPS")
     if not choice:
         return torch.ops.bdcore
-    if choice == "reference":
-        return torch.ops.bdcore_reference
-    if choice != "native":
+    return torch.ops.bdcore if implementation(tensor.device.type) == "native" else torch.ops.bdcore_reference
+
+
+def implementation(device: str) -> str:
+    """What operators run as on a device ("cpu" or "cuda") now: "native" or "reference".
+
+    Raises:
+        UsageError: BDCORE_OPS is neither, or asks for kernels that are not there.
+    """
+    choice = os.environ.get("BDCORE_OPS")
+    if choice and choice not in _CHOICES:
         raise UsageError(unknown_name("BDCORE_OPS", choice, _CHOICES))
-    part = "cuda" if tensors and tensors[0].is_cuda else "cpu"
-    status = load()[part]
-    if not status.loaded:
-        raise UsageError(f"BDCORE_OPS=native, but the {part} kernels are not there: {status.detail}")
-    return torch.ops.bdcore
+    status = load()[device]
+    if choice == "native" and not status.loaded:
+        raise UsageError(f"BDCORE_OPS=native, but the kernels for {device} are not there: {status.detail}")
+    return "native" if status.loaded and choice != "reference" else "reference"
 
 
 def register(
