@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from bdcore import Recipe, fit
 from bdcore.context import Context
+from bdcore.ops.native import load
 from bdcore.training.batches import epoch_batches, steps_per_epoch
 
 
@@ -103,6 +104,35 @@ class TestBatches:
             return torch.cat([batch["images"] for batch in batches])[order.argsort()]
 
         assert torch.equal(by_sample(50), by_sample(7))
+
+    def test_passes_within_an_epoch_are_augmented_anew(self):
+        images = noise(20)
+        recipe = Recipe(batch_size=20, min_steps=3, crop=2, flip=True)
+        passes = [
+            batch["images"][batch["index"].argsort()]
+            for batch in epoch_batches({"images": images}, recipe, generator(1))
+        ]
+        assert len(passes) == 3
+        assert not torch.equal(passes[0], passes[1])
+        assert not torch.equal(passes[1], passes[2])
+
+    def test_images_come_channels_last_however_they_are_stored(self):
+        images = noise(20)
+        recipe = Recipe(batch_size=8, crop=2, flip=True, cutout=3)
+        stored = images, images.contiguous(memory_format=torch.channels_last)
+        ours, others = ([b["images"] for b in epoch_batches({"images": x}, recipe, generator(4))] for x in stored)
+        for one, other in zip(ours, others, strict=True):
+            assert one.is_contiguous(memory_format=torch.channels_last)
+            assert torch.equal(one, other)
+
+    @pytest.mark.skipif(not load()["cpu"].loaded, reason=f"no compiled operators here: {load()['cpu'].detail}")
+    def test_compiled_operators_make_the_same_batches(self, monkeypatch: pytest.MonkeyPatch):
+        found = []
+        for how in ("native", "reference"):
+            monkeypatch.setenv("BDCORE_OPS", how)
+            recipe = Recipe(batch_size=16, crop=4, flip=True, cutout=5)
+            found.append([b["images"] for b in epoch_batches({"images": noise(100, side=32)}, recipe, generator(6))])
+        assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
     def test_epochs_of_a_training_differ_and_a_second_training_does_not(self):
         def orders(seed: int) -> list[Tensor]:

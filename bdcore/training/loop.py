@@ -143,8 +143,6 @@ def _step(
     context: Context,
 ) -> dict[str, Tensor]:
     """One update; returns the batch's figures, detached."""
-    if "images" in batch:
-        batch["images"] = batch["images"].contiguous(memory_format=torch.channels_last)
     with torch.autocast(context.device.type, torch.bfloat16, enabled=context.precision == "bf16"):
         result = loss(batch)
     figures = result if isinstance(result, dict) else {"loss": result}

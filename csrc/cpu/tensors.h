@@ -8,6 +8,10 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <optional>
 #include <vector>
@@ -35,8 +39,24 @@ inline ScalarType accumulator_of(ScalarType type) {
   return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline Tensor contiguous(const Tensor& tensor) {
+// Not named contiguous: a call of that would also find torch::stable::contiguous.
+inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// A new tensor of `like`'s dtype that asks for large pages where it fills some: the system clears a page when it is
+// first written, and to clear pages of 4 KB one by one takes several times as long as writing does.
+inline Tensor new_on_large_pages(const Tensor& like, std::initializer_list<int64_t> shape) {
+  Tensor tensor = torch::stable::new_empty(like, shape);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = 2 << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
+  const uintptr_t end = begin + static_cast<uintptr_t>(tensor.numel()) * tensor.element_size();
+  const uintptr_t first = (begin + page - 1) / page * page;
+  // Where the system refuses, small pages do as well.
+  if (first + page <= end) madvise(reinterpret_cast<void*>(first), end / page * page - first, MADV_HUGEPAGE);
+#endif
+  return tensor;
 }
 
 // Runs `part(begin, end)` over [0, items) on torch's threads, on this one alone where the whole takes less than about

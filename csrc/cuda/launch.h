@@ -102,7 +102,8 @@ inline ScalarType accumulator_of(ScalarType type) {
   return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline Tensor contiguous(const Tensor& tensor) {
+// Not named contiguous: a call of that would also find torch::stable::contiguous.
+inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
