@@ -1,5 +1,11 @@
-"""A benchmark's result in benchmarks/results: NAME.json with every figure, NAME.md with the table."""
+"""A benchmark's result in benchmarks/results: NAME.json with every figure, NAME.md with the table.
 
+`python -m benchmarks.report` measures the operators and writes their table; `python -m benchmarks.report FILE.json ...`
+writes it from what `pytest benchmarks/ --benchmark-only --benchmark-json=FILE.json` measured, here or elsewhere.
+"""
+
+import argparse
+import json
 import os
 import platform
 import sys
@@ -22,6 +28,20 @@ RESULTS = Path(__file__).parent / "results"
 Row = Mapping[str, Any]
 
 
+def main() -> None:
+    """Write the operators' table."""
+    from benchmarks import operators  # which itself writes with what is below
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("measured", type=Path, nargs="*", metavar="FILE.json", help="what pytest-benchmark wrote")
+    given = parser.parse_args()
+    try:
+        files = [json.loads(file.read_text(encoding="utf-8")) for file in given.measured]
+    except (OSError, ValueError) as error:
+        parser.error(f"a file cannot be read: {error}")
+    operators.write(files or [operators.measure()], RESULTS)
+
+
 def write(name: str, title: str, tables: Mapping[str, Sequence[Row]], notes: Sequence[str], **facts: Any) -> None:
     """Write both files and say where.
 
@@ -35,15 +55,20 @@ def write(name: str, title: str, tables: Mapping[str, Sequence[Row]], notes: Seq
     around = surroundings()
     RESULTS.mkdir(exist_ok=True)
     write_json(RESULTS / f"{name}.json", {"name": name, **around, **facts, "tables": tables, "notes": list(notes)})
-    machine, versions = around["machine"], around["versions"]
-    lines = [f"# {title}", "", f"{around['date']}, `{around['command']}`", ""]
-    lines.append(f"{machine['processor']}, {machine['threads']} threads, {', '.join(machine['devices'])}. ")
-    lines[-1] += ", ".join(f"{package} {number}" for package, number in versions.items()) + "."
+    lines = [f"# {title}", "", *described(around)]
     for heading, rows in tables.items():
         lines += ["", f"## {heading}", "", *markdown(rows)]
     lines += ["", *(f"- {note}" for note in notes)]
     (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"wrote {RESULTS / name}.json and .md", file=sys.stderr)
+
+
+def described(around: Mapping[str, Any]) -> list[str]:
+    """What `surroundings` found, as lines of Markdown."""
+    machine, versions = around["machine"], around["versions"]
+    where = f"{machine['processor']}, {machine['threads']} threads, {', '.join(machine['devices'])}. "
+    where += ", ".join(f"{package} {number}" for package, number in versions.items()) + "."
+    return [f"{around['date']}, `{around['command']}`", "", where]
 
 
 def markdown(rows: Sequence[Row]) -> list[str]:
@@ -93,3 +118,7 @@ def surroundings() -> dict[str, Any]:
             **{package: version(package) for package in ("bdcore", "torch", "torchvision")},
         },
     }
+
+
+if __name__ == "__main__":
+    main()
