@@ -308,8 +308,11 @@ def code_for(architecture: str) -> str:
 
 def jobs() -> int:
     """How many compilers run at once: as many as there are cores, and 2 GB of memory for each."""
-    if os.environ.get("MAX_JOBS"):
-        return max(1, int(os.environ["MAX_JOBS"]))
+    wanted = os.environ.get("MAX_JOBS")
+    if wanted:
+        if not wanted.isdecimal() or int(wanted) < 1:
+            raise SystemExit(f"MAX_JOBS={wanted} is no number of compilers to run at once")
+        return int(wanted)
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(1, min(len(os.sched_getaffinity(0)), free // (2 << 30)))
 

@@ -22,7 +22,15 @@ if TYPE_CHECKING:
     from bdcore.contract import Attack, AttackConfig, DatasetPlugin, Defense, PluginConfig
     from bdcore.errors import DataError, DefenseError
     from bdcore.models import build, split_head
-    from bdcore.ops import blend_trigger, model_contrastive_loss
+    from bdcore.ops import (
+        LowestK,
+        blend_trigger,
+        info_nce,
+        isolation_loss,
+        load_batch,
+        lowest_k,
+        model_contrastive_loss,
+    )
     from bdcore.training import Batch, Recipe, fit, forward_batches, frozen_copy
 
 _HOME = {
@@ -43,7 +51,12 @@ _HOME = {
     "DefenseError": "errors",
     "build": "models",
     "split_head": "models",
+    "LowestK": "ops",
     "blend_trigger": "ops",
+    "info_nce": "ops",
+    "isolation_loss": "ops",
+    "load_batch": "ops",
+    "lowest_k": "ops",
     "model_contrastive_loss": "ops",
     "Batch": "training",
     "Recipe": "training",
@@ -65,6 +78,7 @@ __all__ = [
     "DefenseError",
     "DefenseInput",
     "Labelled",
+    "LowestK",
     "Outcome",
     "PluginConfig",
     "Recipe",
@@ -76,6 +90,10 @@ __all__ = [
     "forward_batches",
     "frozen_copy",
     "hookimpl",
+    "info_nce",
+    "isolation_loss",
+    "load_batch",
+    "lowest_k",
     "model_contrastive_loss",
     "split_head",
 ]

@@ -126,7 +126,7 @@ class _Run:
         oracles = {chosen.plugin.name: _oracles(chosen) for chosen in config.defenses}
         record = make_record(
             run_id(config), config, oracles, dataset, poisoned, trained, victim_scores, defended,
-            self.device, self.precision, self.base["operators"],
+            self.device, self.precision, implementation(self.device.type),
         )  # fmt: skip
         files = {"victim": trained.path("model")}
         for chosen, entry, _ in defended:

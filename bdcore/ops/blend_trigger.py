@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from bdcore.ops.registration import operators, register
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from bdcore.ops.triggers import FLOATS, check_numbers, check_places, check_result, check_triggers, floats
 
 
 def blend_trigger(
@@ -47,73 +46,27 @@ def blend_trigger(
         RuntimeError: where an index or an offset lies outside; on a GPU, as everywhere in PyTorch, a kernel's assertion
             ends the process's use of the device.
     """
-    _check_images(images, pattern, mask)
-    _check_choice("index", index, [images.shape[0]], images.device)
-    _check_choice("offset", offset, [images.shape[0], 2], images.device)
-    normalised = _check_normalisation(images.shape[1], mean, std)
+    _check_images(images)
+    check_triggers(images, pattern, mask)
+    check_numbers("index", index, [images.shape[0]], images.device)
+    check_numbers("offset", offset, [images.shape[0], 2], images.device)
     if out_dtype is None:
-        out_dtype = torch.float32 if normalised and images.dtype == torch.uint8 else images.dtype
-    if out_dtype != torch.uint8 and out_dtype not in _FLOATS:
-        raise TypeError(f"out_dtype must be torch.uint8 or a floating-point dtype, got {out_dtype}")
-    if out_dtype == torch.uint8:
-        if normalised:
-            raise ValueError("out_dtype torch.uint8 cannot hold normalised images: ask for a floating-point dtype")
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (images, pattern, mask)):
-            raise ValueError("a uint8 result has no gradient: pass out_dtype=torch.float32, or detach the inputs")
+        out_dtype = torch.float32 if mean is not None and images.dtype == torch.uint8 else images.dtype
+    check_result(images.shape[1], mean, std, out_dtype)
+    wanted = torch.is_grad_enabled() and (images.requires_grad or pattern.requires_grad or mask.requires_grad)
+    if out_dtype == torch.uint8 and wanted:
+        raise ValueError("a uint8 result has no gradient: pass out_dtype=torch.float32, or detach the inputs")
     dtype = torch.promote_types(pattern.dtype, mask.dtype)
     return operators(images).blend_trigger(
-        images, pattern.to(dtype), mask.to(dtype), index, offset, _floats(mean), _floats(std), out_dtype
+        images, pattern.to(dtype), mask.to(dtype), index, offset, floats(mean), floats(std), out_dtype
     )
 
 
-def _check_images(images: Tensor, pattern: Tensor, mask: Tensor) -> None:
-    if images.dtype != torch.uint8 and images.dtype not in _FLOATS:
+def _check_images(images: Tensor) -> None:
+    if images.dtype != torch.uint8 and images.dtype not in FLOATS:
         raise TypeError(f"images must be uint8 or floating point, got {images.dtype}")
     if images.ndim != 4:
         raise ValueError(f"images must be [B, C, H, W], got shape {list(images.shape)}")
-    for name, tensor in (("pattern", pattern), ("mask", mask)):
-        if tensor.dtype not in _FLOATS:
-            raise TypeError(f"{name} must be floating point with values in [0, 1], got {tensor.dtype}")
-        if tensor.device != images.device:
-            raise ValueError(f"{name} is on {tensor.device} and images on {images.device}: move them to one device")
-    _, channels, height, width = images.shape
-    if pattern.ndim != 4 or pattern.shape[0] < 1 or pattern.shape[1] != channels:
-        raise ValueError(f"pattern must be [T, {channels}, h, w] with T >= 1, got shape {list(pattern.shape)}")
-    triggers, _, rows, columns = pattern.shape
-    if rows > height or columns > width:
-        raise ValueError(f"pattern of {rows} x {columns} pixels does not fit into images of {height} x {width}")
-    if mask.ndim != 4 or mask.shape[0] != triggers or mask.shape[1] not in (1, channels):
-        raise ValueError(f"mask must be [{triggers}, 1 or {channels}, {rows}, {columns}], got {list(mask.shape)}")
-    if mask.shape[2:] != pattern.shape[2:]:
-        raise ValueError(f"mask must cover the pattern's {rows} x {columns} pixels, got shape {list(mask.shape)}")
-
-
-def _check_choice(name: str, value: Tensor | None, shape: list[int], device: torch.device) -> None:
-    if value is None:
-        return
-    if value.dtype != torch.int64:
-        raise TypeError(f"{name} must be int64, got {value.dtype}")
-    if list(value.shape) != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {list(value.shape)}")
-    if value.device != device:
-        raise ValueError(f"{name} is on {value.device} and images on {device}: move them to one device")
-
-
-def _check_normalisation(channels: int, mean: Sequence[float] | None, std: Sequence[float] | None) -> bool:
-    if mean is None and std is None:
-        return False
-    if mean is None or std is None:
-        raise ValueError("mean and std must be given together")
-    for name, values in (("mean", mean), ("std", std)):
-        if len(values) != channels:
-            raise ValueError(f"{name} must have {channels} values, one a channel, got {len(values)}")
-    if min(std) <= 0:
-        raise ValueError(f"std must be positive, got {list(std)}")
-    return True
-
-
-def _floats(values: Sequence[float] | None) -> list[float] | None:
-    return None if values is None else [float(value) for value in values]
 
 
 _Window = tuple[Tensor | slice, ...]
@@ -129,7 +82,7 @@ def _forward(
     std: list[float] | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    _check_values(images, pattern, index, offset)
+    check_places(images, pattern, "index", index, offset)
     dtype = _accumulator(images, pattern)
     unit = 255.0 if out_dtype == torch.uint8 else 1.0
     # Between uint8 images only the window is computed: what lies outside is copied.
@@ -228,27 +181,6 @@ def _backward_fake(
 
 def _accumulator(images: Tensor, pattern: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (images.dtype, pattern.dtype) else torch.float32
-
-
-def _check_values(images: Tensor, pattern: Tensor, index: Tensor | None, offset: Tensor | None) -> None:
-    # Here and not beside the other checks, because torch.compile cannot trace a question about values; RuntimeError,
-    # because compiled kernels can raise nothing else.
-    triggers, _, rows, columns = pattern.shape
-    height, width = images.shape[2:]
-    if index is not None and bool(((index < -1) | (index >= triggers)).any()):
-        raise RuntimeError(f"index must be in [-1, {triggers - 1}] for {triggers} triggers, got {_range(index)}")
-    if offset is not None:
-        limit = offset.new_tensor([height - rows, width - columns])
-        if bool(((offset < 0) | (offset > limit)).any()):
-            raise RuntimeError(
-                f"offset places a patch of {rows} x {columns} pixels outside images of {height} x {width}: top must be"
-                f" in [0, {height - rows}] and left in [0, {width - columns}], got top {_range(offset[:, 0])}"
-                f" and left {_range(offset[:, 1])}"
-            )
-
-
-def _range(values: Tensor) -> str:
-    return f"{int(values.min())} to {int(values.max())}"
 
 
 def _window(images: Tensor, pattern: Tensor, offset: Tensor | None) -> _Window:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from bdcore.ops.philox import below, philox
 from bdcore.ops.registration import operators, register
+from bdcore.ops.triggers import check_numbers, check_places, check_result, check_triggers, extent, floats
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MOST = 1 << 30  # pixels of padding and cutout: kernels count pixels in 32 bits
 
 
@@ -75,22 +75,18 @@ def load_batch(
         if not 0 <= value <= _MOST:
             raise ValueError(f"{name} must be a number of pixels from 0 to 2^30, got {value}")
     if pattern is not None and mask is not None:
-        _check_triggers(images, pattern, mask)
-        _check_choice("trigger", trigger, [index.shape[0]], images.device)
-        _check_choice("offset", offset, [index.shape[0], 2], images.device)
+        check_triggers(images, pattern, mask)
+        check_numbers("trigger", trigger, [index.shape[0]], images.device)
+        check_numbers("offset", offset, [index.shape[0], 2], images.device)
         if torch.is_grad_enabled() and (pattern.requires_grad or mask.requires_grad):
             raise ValueError("load_batch has no gradient: detach pattern and mask, or blend with blend_trigger")
     elif not (pattern is None and mask is None and trigger is None and offset is None):
         raise ValueError("a trigger needs pattern and mask together; without them, give neither trigger nor offset")
-    normalised = _check_normalisation(images.shape[1], mean, std)
     if out_dtype is None:
-        out_dtype = torch.float32 if normalised else torch.uint8
-    if out_dtype != torch.uint8 and out_dtype not in _FLOATS:
-        raise TypeError(f"out_dtype must be torch.uint8 or a floating-point dtype, got {out_dtype}")
-    if out_dtype == torch.uint8 and normalised:
-        raise ValueError("out_dtype torch.uint8 cannot hold normalised images: ask for a floating-point dtype")
+        out_dtype = torch.float32 if mean is not None else torch.uint8
+    check_result(images.shape[1], mean, std, out_dtype)
     return operators(images).load_batch(
-        images, index, seed, crop, flip, cutout, pattern, mask, trigger, offset, _floats(mean), _floats(std), out_dtype
+        images, index, seed, crop, flip, cutout, pattern, mask, trigger, offset, floats(mean), floats(std), out_dtype
     )
 
 
@@ -101,53 +97,7 @@ def _check_samples(images: Tensor, index: Tensor) -> None:
         raise ValueError(f"images must be [N, C, H, W], got shape {list(images.shape)}")
     if index.ndim != 1:
         raise ValueError(f"index must be [B], got shape {list(index.shape)}")
-    _check_choice("index", index, [index.shape[0]], images.device)
-
-
-def _check_triggers(images: Tensor, pattern: Tensor, mask: Tensor) -> None:
-    for name, tensor in (("pattern", pattern), ("mask", mask)):
-        if tensor.dtype not in _FLOATS:
-            raise TypeError(f"{name} must be floating point with values in [0, 1], got {tensor.dtype}")
-        if tensor.device != images.device:
-            raise ValueError(f"{name} is on {tensor.device} and images on {images.device}: move them to one device")
-    _, channels, height, width = images.shape
-    if pattern.ndim != 4 or pattern.shape[0] < 1 or pattern.shape[1] != channels:
-        raise ValueError(f"pattern must be [T, {channels}, h, w] with T >= 1, got shape {list(pattern.shape)}")
-    triggers, _, rows, columns = pattern.shape
-    if rows > height or columns > width:
-        raise ValueError(f"pattern of {rows} x {columns} pixels does not fit into images of {height} x {width}")
-    if mask.ndim != 4 or mask.shape[0] != triggers or mask.shape[1] not in (1, channels):
-        raise ValueError(f"mask must be [{triggers}, 1 or {channels}, {rows}, {columns}], got {list(mask.shape)}")
-    if mask.shape[2:] != pattern.shape[2:]:
-        raise ValueError(f"mask must cover the pattern's {rows} x {columns} pixels, got shape {list(mask.shape)}")
-
-
-def _check_choice(name: str, value: Tensor | None, shape: list[int], device: torch.device) -> None:
-    if value is None:
-        return
-    if value.dtype != torch.int64:
-        raise TypeError(f"{name} must be int64, got {value.dtype}")
-    if list(value.shape) != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {list(value.shape)}")
-    if value.device != device:
-        raise ValueError(f"{name} is on {value.device} and images on {device}: move them to one device")
-
-
-def _check_normalisation(channels: int, mean: Sequence[float] | None, std: Sequence[float] | None) -> bool:
-    if mean is None and std is None:
-        return False
-    if mean is None or std is None:
-        raise ValueError("mean and std must be given together")
-    for name, values in (("mean", mean), ("std", std)):
-        if len(values) != channels:
-            raise ValueError(f"{name} must have {channels} values, one a channel, got {len(values)}")
-    if min(std) <= 0:
-        raise ValueError(f"std must be positive, got {list(std)}")
-    return True
-
-
-def _floats(values: Sequence[float] | None) -> list[float] | None:
-    return None if values is None else [float(value) for value in values]
+    check_numbers("index", index, [index.shape[0]], images.device)
 
 
 def _forward(
@@ -165,7 +115,10 @@ def _forward(
     std: list[float] | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    _check_values(images, index, pattern, trigger, offset)
+    if bool(((index < 0) | (index >= len(images))).any()):
+        raise RuntimeError(f"index must be in [0, {len(images) - 1}] for {len(images)} images, got {extent(index)}")
+    if pattern is not None:
+        check_places(images, pattern, "trigger", trigger, offset)
     out = _forward_fake(images, index, seed, crop, flip, cutout, pattern, mask, trigger, offset, mean, std, out_dtype)
     batch = _augmented(images, index, seed, crop, flip, cutout)
     if pattern is not None and mask is not None:
@@ -198,33 +151,6 @@ def _forward_fake(
 ) -> Tensor:
     shape = (index.shape[0], *images.shape[1:])
     return torch.empty(shape, dtype=out_dtype, device=images.device, memory_format=torch.channels_last)
-
-
-def _check_values(
-    images: Tensor, index: Tensor, pattern: Tensor | None, trigger: Tensor | None, offset: Tensor | None
-) -> None:
-    # Here and not beside the other checks, because torch.compile cannot trace a question about values; RuntimeError,
-    # because compiled kernels can raise nothing else.
-    if bool(((index < 0) | (index >= len(images))).any()):
-        raise RuntimeError(f"index must be in [0, {len(images) - 1}] for {len(images)} images, got {_range(index)}")
-    if pattern is None:
-        return
-    triggers, _, rows, columns = pattern.shape
-    height, width = images.shape[2:]
-    if trigger is not None and bool(((trigger < -1) | (trigger >= triggers)).any()):
-        raise RuntimeError(f"trigger must be in [-1, {triggers - 1}] for {triggers} triggers, got {_range(trigger)}")
-    if offset is not None:
-        limit = offset.new_tensor([height - rows, width - columns])
-        if bool(((offset < 0) | (offset > limit)).any()):
-            raise RuntimeError(
-                f"offset places a patch of {rows} x {columns} pixels outside images of {height} x {width}: top must be"
-                f" in [0, {height - rows}] and left in [0, {width - columns}], got top {_range(offset[:, 0])}"
-                f" and left {_range(offset[:, 1])}"
-            )
-
-
-def _range(values: Tensor) -> str:
-    return f"{int(values.min())} to {int(values.max())}"
 
 
 def _augmented(images: Tensor, index: Tensor, seed: int, crop: int, flip: bool, cutout: int) -> Tensor:

@@ -63,9 +63,11 @@ def model_contrastive_loss(
         raise ValueError(f"temperature must be a positive number, got {temperature}")
     if reduction not in _REDUCTIONS:
         raise ValueError(unknown_name("reduction", reduction, _REDUCTIONS))
-    dtype = torch.promote_types(torch.promote_types(anchor.dtype, positive.dtype), negatives.dtype)
+    if not anchor.dtype == positive.dtype == negatives.dtype:
+        dtype = torch.promote_types(torch.promote_types(anchor.dtype, positive.dtype), negatives.dtype)
+        anchor, positive, negatives = anchor.to(dtype), positive.to(dtype), negatives.to(dtype)
     return operators(anchor).model_contrastive_loss(
-        anchor.to(dtype), positive.to(dtype), negatives.to(dtype), float(temperature), _REDUCTIONS[reduction]
+        anchor, positive, negatives, float(temperature), _REDUCTIONS[reduction]
     )[0]
 
 
@@ -179,11 +181,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _gradients(ops: Any, ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 5
-    needed = ctx.needs_input_grad[:3]
-    found = ops.model_contrastive_loss_backward(
-        grad, *ctx.saved_tensors, ctx.temperature, ctx.reduction, *needed
-    )
-    return (*(value if need else None for value, need in zip(found, needed, strict=True)), None, None)
+    anchor, positive, negatives = needed = ctx.needs_input_grad[:3]
+    found = ops.model_contrastive_loss_backward(grad, *ctx.saved_tensors, ctx.temperature, ctx.reduction, *needed)
+    return found[0] if anchor else None, found[1] if positive else None, found[2] if negatives else None, None, None
 
 
 # Besides the loss, norms [B, 2 + K] (of anchor, positive, negatives) and cosines [B, 1 + K] are returned: all that the

@@ -5,6 +5,7 @@ Nothing here raises: without the libraries the references run.
 """
 
 import json
+import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -58,7 +59,7 @@ def _try(part: str, loader: Callable[[dict[str, Any]], None], report: dict[str, 
 
 
 def _load_cpu(facts: dict[str, Any]) -> None:
-    torch.ops.load_library(_FOLDER / "_C_cpu.so")
+    _load_library("_C_cpu.so")
 
 
 def _load_cuda(facts: dict[str, Any]) -> None:
@@ -66,8 +67,27 @@ def _load_cuda(facts: dict[str, Any]) -> None:
         raise _Unusable(f"torch {torch.__version__} is built without CUDA")
     if facts["cuda"].split(".")[0] != torch.version.cuda.split(".")[0]:
         raise _Unusable(f"it was built with CUDA {facts['cuda']}, torch {torch.__version__} runs {torch.version.cuda}")
-    torch.ops.load_library(_FOLDER / "_C_cuda.so")
+    _load_library("_C_cuda.so")
+
+
+def _load_library(name: str) -> None:
+    _check_whole(_FOLDER / name)
+    torch.ops.load_library(_FOLDER / name)
 
 
 def _load_host(facts: dict[str, Any]) -> None:
+    for path in _FOLDER.glob("_host*.so"):
+        _check_whole(path)
     import_module("bdcore.ops._host")
+
+
+def _check_whole(path: Path) -> None:
+    """Of an ELF file that was cut short the system's loader maps what is missing, and the process dies of SIGBUS."""
+    with path.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or header[:5] != b"\x7fELF\2":
+        return  # the loader itself says what is wrong
+    (table,) = struct.unpack_from("<Q", header, 0x28)  # of sections, which lies at the end of the file
+    size, count = struct.unpack_from("<HH", header, 0x3A)
+    if table + size * count > path.stat().st_size:
+        raise _Unusable(f"{path.name} was cut short to {path.stat().st_size} bytes: install bdcore again")

@@ -7,6 +7,7 @@
 import os
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,10 +20,14 @@ NATIVE, REFERENCE = "bdcore", "bdcore_reference"
 _CHOICES = ("native", "reference")
 registered: list[str] = []
 """Names of all operators, without a namespace, in the order of registration."""
+_direct = {NATIVE: SimpleNamespace(), REFERENCE: SimpleNamespace()}
+# Not public, but what torch.library itself is written with.
+_transforms_active = torch._C._are_functorch_transforms_active  # pyright: ignore[reportPrivateUsage]
+_BelowAutograd = torch._C._AutoDispatchBelowAutograd  # pyright: ignore[reportPrivateUsage]
 
 
 def operators(tensor: Tensor) -> Any:
-    """The namespace to call an operator on `tensor` in: `torch.ops.bdcore`, or `torch.ops.bdcore_reference`.
+    """The namespace to call an operator on `tensor` in, native or reference; its attributes are the operators.
 
     Chosen at every call by BDCORE_OPS: unset, compiled kernels run where there are some; `reference` never uses them;
     `native` refuses to go without. A function that torch.compile has compiled keeps the choice of that moment.
@@ -31,11 +36,14 @@ def operators(tensor: Tensor) -> Any:
         UsageError: BDCORE_OPS is something else, or asks for kernels that are not there.
     """
     choice = os.environ.get("BDCORE_OPS")
-    if not choice:
-        return torch.ops.bdcore
-    return torch.ops.bdcore if implementation(tensor.device.type) == "native" else torch.ops.bdcore_reference
+    chosen = implementation(tensor.device.type) if choice else "native"
+    namespace = NATIVE if chosen == "native" else REFERENCE
+    if torch.compiler.is_compiling() or _transforms_active():
+        return getattr(torch.ops, namespace)
+    return _direct[namespace]
 
 
+@torch.compiler.assume_constant_result  # for tracing: it reads the environment and what was loaded
 def implementation(device: str) -> str:
     """What operators run as on a device ("cpu" or "cuda") now: "native" or "reference".
 
@@ -79,6 +87,40 @@ def register(
         torch.library.register_fake(qualified, fake)
         formula = partial(gradients, getattr(torch.ops, namespace)) if gradients else partial(_refuse, name)
         torch.library.register_autograd(qualified, formula, setup_context=setup_context)
+        direct = partial(gradients, _direct[namespace]) if gradients else formula
+        operator = getattr(getattr(torch.ops, namespace), name).default
+        setattr(_direct[namespace], name, _call_directly(operator, setup_context, direct))
+
+
+def _call_directly(
+    operator: Callable[..., Any], setup_context: Callable[..., None] | None, formula: Callable[..., Any]
+) -> Callable[..., Any]:
+    """A function that does what calling the operator does, gradient included, 20 microseconds sooner.
+
+    What torch.library.register_autograd registers is for tracing as well, and is reached through the dispatcher and
+    Python twice for each call; at small sizes that takes longer than computing.
+    """
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            with _BelowAutograd():
+                output = operator(*inputs)
+            if setup_context is not None:
+                setup_context(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            return formula(ctx, *grads)
+
+    def call(*inputs: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+            return Direct.apply(*inputs)
+        with _BelowAutograd():
+            return operator(*inputs)
+
+    return call
 
 
 def _refuse(name: str, ctx: Any, *grads: Tensor | None) -> None:

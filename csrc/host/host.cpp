@@ -5,6 +5,8 @@
 
 namespace py = pybind11;
 
+void bind_lowest_k(py::module_& module);  // lowest_k.cpp
+
 PYBIND11_MODULE(_host, module) {
   module.doc() = "Host-side parts of bdcore's compiled operators.";
   module.def(
@@ -17,4 +19,5 @@ PYBIND11_MODULE(_host, module) {
         }
       },
       "The instruction set that the CPU kernels use: avx512, avx2 or baseline.");
+  bind_lowest_k(module);
 }
