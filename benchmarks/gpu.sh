@@ -90,13 +90,16 @@ step() {
     [ "$code" = 0 ]
 }
 
-tests=(tests/test_ops_*.py tests/test_operators_in_runs.py tests/test_native_library.py)
+tests=(tests/test_ops_*.py tests/test_cuda_device.py tests/test_operators_in_runs.py tests/test_native_library.py)
+workers=()
+"$python" -P -c 'import xdist' 2>/dev/null && workers=(-n 4)
 install=("$python" -m pip install --no-index --no-deps --no-build-isolation --target "$site" --upgrade .)
 # What cannot be compiled is left out the second time, so that the rest still shows something.
 step build 150 env BDCORE_BUILD=cuda "${install[@]}" || step "build what can be" 90 env BDCORE_BUILD=auto "${install[@]}"
 step doctor 60 "$python" -P -c 'from bdcore.cli import main; main(["doctor"])'
 step training 60 "$python" -P -m benchmarks.gpu_training --epochs 2 --output "$work/training.json"
-step tests 100 "$python" -P -m pytest -q -k cuda -p no:cacheprovider --junitxml="$work/tests.xml" "${tests[@]}"
+step tests 120 "$python" -P -m pytest -q -k cuda "${workers[@]}" -p no:cacheprovider \
+    --junitxml="$work/tests.xml" "${tests[@]}"
 for tool in memcheck racecheck; do
     step "$tool" 30 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
         "$python" -P -m benchmarks.gpu_cases

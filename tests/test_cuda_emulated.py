@@ -129,6 +129,7 @@ def blend(
     fixed: Sequence[int] = (),
     chosen: bool = False,
     normalise: bool = False,
+    floats: torch.dtype = torch.float32,
     out_dtype: torch.dtype | None = None,
 ) -> Results:
     batch, channels, height, width = images
@@ -139,7 +140,7 @@ def blend(
     if normalise:
         options |= {"mean": [0.1 * (c + 1) for c in range(channels)], "std": [0.3 + c for c in range(channels)]}
     x = randint(0, 256, *images, seed=3).byte() if dtype == torch.uint8 else rand(*images, dtype=dtype, seed=3)
-    floats = torch.float64 if dtype == torch.float64 else torch.float32
+    floats = torch.float64 if dtype == torch.float64 else floats
     pattern = rand(triggers, channels, *window, seed=4, dtype=floats)
     mask = rand(triggers, mask_channels, *window, seed=5, dtype=floats)
     if dtype == torch.uint8 and not normalise and out_dtype is None:
@@ -241,6 +242,8 @@ CASES: dict[str, tuple[Callable[..., Results], list[dict[str, Any]]]] = {
             *({"images": (3, 2, 5, 7), "dtype": torch.uint8, "out_dtype": out} for out in FLOATS),
             *({"images": (4, 3, 6, 6), "fixed": fixed, "chosen": True} for fixed in ((0,), (1,), (2,), (0, 1), (1, 2))),
             {"images": (257, 1, 4, 4), "triggers": 2, "chosen": True},
+            *({"images": (2, 300, 2, 3), "window": (2, 2), "normalise": True, "dtype": dtype} for dtype in FLOATS),
+            {"images": (3, 2, 5, 7), "dtype": torch.uint8, "floats": torch.float64, "normalise": True},
             {"images": (2, 3, 40, 33), "window": (40, 33), "triggers": 2},
         ],
     ),

@@ -31,6 +31,8 @@ def load() -> Mapping[str, Status]:
     """Load what can be loaded, once; the status of the parts `cpu`, `cuda` and `host`."""
     try:
         report = json.loads((_FOLDER / "_build.json").read_text(encoding="utf-8"))
+        if not isinstance(report, dict) or not isinstance(report.get("parts"), dict):
+            raise ValueError("it is no build report")
     except FileNotFoundError:
         report = {"parts": {}}
     except (OSError, ValueError) as error:

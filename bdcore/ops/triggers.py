@@ -1,4 +1,4 @@
-"""What the operators on images take alike, and its checks: triggers, their places, normalisation, the result's dtype."""
+"""What the operators on images take alike, and its checks: triggers, their places, normalisation, result dtypes."""
 
 from collections.abc import Sequence
 
