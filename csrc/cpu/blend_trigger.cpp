@@ -13,9 +13,10 @@ namespace {
 using OptionalTensor = std::optional<Tensor>;
 using OptionalFloats = std::optional<std::vector<double>>;
 
-constexpr int64_t kSums = 8192;         // elements whose sums over the batch stay in the second cache
-constexpr int64_t kCaches = 16 * 1024 * 1024;
-constexpr int64_t kPeriod = 512;         // elements outside the window whose coefficients are laid out
+constexpr int64_t kCaches = 16 << 20;     // bytes of a result that the caches may hold until it is read
+constexpr int64_t kSums = 8192;          // elements whose sums over the batch stay in the second cache
+constexpr int64_t kPeriod = 512;         // elements outside the window whose coefficients are laid out, at least
+constexpr int64_t kLine = 64;            // bytes in a line of the caches
 
 int64_t rounded_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 int64_t parts(int64_t value, int64_t size) { return (value + size - 1) / size; }
@@ -24,11 +25,16 @@ Tensor as(const Tensor& tensor, ScalarType type) {
   return as_contiguous(tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type));
 }
 
-// An integer tensor, contiguous while this lives.
-struct Integers {
-  explicit Integers(const OptionalTensor& given) : tensor(given ? OptionalTensor(as_contiguous(*given)) : std::nullopt) {}
-  const i64* data() const { return tensor ? static_cast<const i64*>(tensor->const_data_ptr()) : nullptr; }
-  OptionalTensor tensor;
+// The numbers of an optional int64 tensor, while this lives.
+class Integers {
+ public:
+  explicit Integers(const OptionalTensor& given) {
+    if (given) tensor_ = as_contiguous(*given);
+  }
+  const i64* data() const { return tensor_ ? static_cast<const i64*>(tensor_->const_data_ptr()) : nullptr; }
+
+ private:
+  OptionalTensor tensor_;
 };
 
 void check_values(const Tensor& images, const Tensor& pattern, const i64* index, const i64* offset) {
@@ -122,12 +128,13 @@ void transform(const Tensor& images, const Tensor* pattern, const Tensor& mask, 
   job.shift = coefficients.shift;
   job.wide = coefficients.wide;
   const int64_t plane_bytes = window.plane * static_cast<int64_t>(out.element_size());
-  job.streamed = window.batch * window.planes * plane_bytes > kCaches && plane_bytes % 64 == 0;
+  job.streamed = whole && window.batch * window.planes * plane_bytes > kCaches && plane_bytes % kLine == 0;
 
   std::vector<double> outside;
   std::vector<float> narrow;
   if (!factors.copied && (!whole || index != nullptr)) {
-    job.period = rounded_up(std::min<int64_t>(kPeriod, window.plane), window.lanes);
+    // A multiple of whole lines, so that what is streamed out stays aligned.
+    job.period = window.lanes * rounded_up(parts(kPeriod, window.lanes), kLine);
     const int64_t half = window.planes * job.period;
     outside.resize(2 * half);
     for (int64_t i = 0; i < half; ++i) {

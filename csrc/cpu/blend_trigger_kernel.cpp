@@ -29,8 +29,8 @@ BDCORE_INLINE A read(X x, A) {
 
 constexpr i64 kBuffer = 512;  // elements that are worked on at a time; what belongs to them stays in the first cache
 
-// The nearest integer, ties to even, bounded to [0, 255]. Adding 1.5 * 2^23 (2^52) leaves it in the lowest bits, and the
-// order of such numbers is that of their bits.
+// The nearest integer, ties to even, bounded to [0, 255]. Adding 1.5 * 2^23 (or 2^52) leaves it in the lowest bits, and
+// the order of such numbers is that of their bits.
 BDCORE_INLINE int to_level(float value) {
   constexpr int zero = 0x4b400000, most = zero + 255;
   const int shifted = bits_as<int>(value + 0x1.8p23f);
@@ -100,16 +100,18 @@ template <class X, class A>
 static void transform(const BlendJob& job, i64 begin, const A* scale, const A* shift, i64 n) {
   const X* x = (const X*)job.images + begin;
   char* y = (char*)job.out + begin * size_of(job.to);
-  A buffer[kBuffer];
+  char line[kBuffer * 8];  // what is streamed out; of the widest format
+  void* to = job.streamed ? line : y;
   if (job.from == Scalar::u8 && job.to == Scalar::u8) {
-    blend_bytes((const u8*)x, scale, shift, job.streamed ? (u8*)buffer : (u8*)y, n);
+    blend_bytes((const u8*)x, scale, shift, (u8*)to, n);
   } else if (job.to == scalar_of(A{})) {
-    scale_and_shift(x, scale, shift, job.streamed ? buffer : (A*)y, n);
+    scale_and_shift(x, scale, shift, (A*)to, n);
   } else {
+    A buffer[kBuffer];
     scale_and_shift(x, scale, shift, buffer, n);
-    convert(buffer, job.streamed ? (void*)buffer : (void*)y, job.to, n);
+    convert(buffer, to, job.to, n);
   }
-  if (job.streamed) stream_out(y, (const char*)buffer, n * size_of(job.to));
+  if (job.streamed) stream_out(y, (const char*)line, n * size_of(job.to));
 }
 
 // n elements of a plane that the trigger leaves as they are; the first belongs to lane 0.
@@ -232,8 +234,9 @@ static void coefficients(const CoefficientsJob& job, i64 begin, i64 end) {
   }
 }
 
+// sum += g, and products += x g, for kTogether images or for one.
 template <class A>
-static void add(const A* const* g, A* __restrict sum, i64 n) {
+static void add_slopes(const A* const* g, A* __restrict sum, i64 n) {
   const A *a = g[0], *b = g[1], *c = g[2], *d = g[3];
 #pragma omp simd
   for (i64 i = 0; i < n; ++i) sum[i] += (a[i] + b[i]) + (c[i] + d[i]);
@@ -246,23 +249,25 @@ static void add_products(const X* const* x, const A* const* g, A* __restrict sum
 #pragma omp simd
   for (i64 i = 0; i < n; ++i) {
     sum[i] += (a[i] + b[i]) + (c[i] + d[i]);
-    products[i] += (read(x0[i], A{}) * a[i] + read(x1[i], A{}) * b[i]) + (read(x2[i], A{}) * c[i] + read(x3[i], A{}) * d[i]);
+    const A first = read(x0[i], A{}) * a[i] + read(x1[i], A{}) * b[i];
+    products[i] += first + (read(x2[i], A{}) * c[i] + read(x3[i], A{}) * d[i]);
   }
 }
 
+template <class A>
+static void add_one_slope(const A* __restrict g, A* __restrict sum, i64 n) {
+#pragma omp simd
+  for (i64 i = 0; i < n; ++i) sum[i] += g[i];
+}
+
 template <class X, class A>
-static void add_product(const X* __restrict x, const A* __restrict g, A* __restrict sum, A* __restrict products,
-                        i64 n) {
+static void add_one_product(const X* __restrict x, const A* __restrict g, A* __restrict sum,
+                            A* __restrict products, i64 n) {
 #pragma omp simd
   for (i64 i = 0; i < n; ++i) {
     sum[i] += g[i];
     products[i] += read(x[i], A{}) * g[i];
   }
-}
-template <class A>
-static void add_one(const A* __restrict g, A* __restrict sum, i64 n) {
-#pragma omp simd
-  for (i64 i = 0; i < n; ++i) sum[i] += g[i];
 }
 
 template <class G, class A>
@@ -274,11 +279,11 @@ static void read_all(const G* __restrict g, A* __restrict y, i64 n) {
 template <class X, class A>
 static void add_group(const X* const* x, const A* const* g, i64 count, bool both, A* sum, A* products, i64 n) {
   if (count == kTogether) {
-    both ? add_products(x, g, sum, products, n) : add(g, sum, n);
+    both ? add_products(x, g, sum, products, n) : add_slopes(g, sum, n);
     return;
   }
   for (i64 k = 0; k < count; ++k) {
-    both ? add_product(x[k], g[k], sum, products, n) : add_one(g[k], sum, n);
+    both ? add_one_product(x[k], g[k], sum, products, n) : add_one_slope(g[k], sum, n);
   }
 }
 

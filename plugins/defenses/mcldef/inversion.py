@@ -41,12 +41,11 @@ def invert(
 
 def put_trigger(trigger: Trigger, images: Tensor) -> Tensor:
     """uint8 [B, C, H, W] images with a recovered trigger, float in [0, 1]."""
-    unit = images.float() / 255
     if trigger.delta is not None:
-        return (unit + trigger.delta).clamp(0, 1)
+        return (images.float() / 255 + trigger.delta).clamp(0, 1)
     assert trigger.mask is not None
     assert trigger.pattern is not None
-    return blend_trigger(unit, trigger.pattern[None], trigger.mask[None])
+    return blend_trigger(images, trigger.pattern[None], trigger.mask[None], out_dtype=torch.float32)
 
 
 class Inversion(nn.Module, ABC):
@@ -212,8 +211,8 @@ class MaskInversion(Inversion):
             self.mask.clamp_(0, 1)
         stack = len(self.targets)
         index = torch.arange(stack, device=images.device).repeat_interleave(len(images))
-        repeated = images.repeat(stack, 1, 1, 1).float().div(255)
-        return blend_trigger(repeated, self.pattern, self.mask, index=index)
+        repeated = images.repeat(stack, 1, 1, 1)
+        return blend_trigger(repeated, self.pattern, self.mask, index=index, out_dtype=torch.float32)
 
     def penalty(self) -> Tensor:
         """lambda |mask|_1, lambda 0.01 for small images and 0.001 for large ones, as published."""
