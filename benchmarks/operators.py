@@ -183,5 +183,5 @@ def _why(row: Row, device: str) -> str:
     for reason in reasons:
         named = {"operator": row["operator"], "device": device, "case": row["case"], "pass": row["pass"]}
         if all(fnmatchcase(named[key], pattern) for key, pattern in reason.items() if key != "why"):
-            return reason["why"]
+            return " ".join(reason["why"].split())
     return "Not yet explained."
