@@ -105,15 +105,31 @@ def test_commands_are_found_in_the_documents():
 
 def test_every_first_party_plugin_has_a_row_with_its_kind():
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["entry-points"]["bdcore"]
-    rows = dict(re.findall(r"^\| `(\w+)` \| ([\w ]+) \|", README, re.MULTILINE))
+    table = README.partition("\n## What there is\n")[2].partition("\n## ")[0]
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([\w ]+) \|", table, re.MULTILINE))
     host = Host()
     assert rows == {name: host.load(name).kind.replace("dataset", "data set") for name in declared}
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"])
+@pytest.mark.parametrize(
+    "document",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "benchmarks/README.md",
+        "csrc/README.md",
+        "tests/emulator/README.md",
+    ],
+)
 def test_links_and_files_that_are_named_exist(document):
     text = (ROOT / document).read_text("utf-8")
     links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    headings = {
+        "#" + re.sub(r"[^\w -]", "", line).lower().replace(" ", "-") for line in re.findall(r"^#+ (.*)$", text, re.M)
+    }
+    assert {link for link in links if link.startswith("#")} <= headings
+    links = [link for link in links if not link.startswith("#")]
     named = re.findall(r"`((?:bdcore|plugins|tests|benchmarks|\.ci)/[\w/.]+)`", text)
     paths = [path for path in [*links, *named] if "NAME" not in path]
     assert [path for path in paths if not (ROOT / path).exists()] == []
