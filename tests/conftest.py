@@ -1,4 +1,5 @@
-"""Fixtures shared by all tests: plugin distributions laid on disk as an installer would leave them."""
+"""Fixtures shared by all tests: plugin distributions laid on disk as an installer would leave them, and the
+implementations of the operators."""
 
 import importlib
 import os
@@ -8,6 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
+import torch
+
+from bdcore.ops.native import load
 
 
 class Site:
@@ -64,3 +68,18 @@ def site(new_site: Callable[[], Site], monkeypatch: pytest.MonkeyPatch) -> Itera
     for name, module in list(sys.modules.items()):
         if str(getattr(module, "__file__", None)).startswith(str(made.folder)):
             del sys.modules[name]
+
+
+_LACKING = [f"{part}: {load()[part].detail}" for part in ("cpu", "host") if not load()[part].loaded]
+native = pytest.mark.skipif(bool(_LACKING), reason=f"no compiled operators here: {'; '.join(_LACKING)}")
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@pytest.fixture(
+    params=["reference", pytest.param("native", marks=native), pytest.param("cuda", marks=cuda)], scope="module"
+)
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where an operator computes; every test that takes it runs with each implementation."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BDCORE_OPS", "reference" if request.param == "reference" else "native")
+        yield "cuda" if request.param == "cuda" else "cpu"

@@ -1,5 +1,5 @@
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,19 +11,6 @@ from torch import Tensor
 from bdcore.ops import OPERATORS, blend_trigger
 from bdcore.ops.native import load
 from bdcore.ops.registration import NATIVE, REFERENCE
-
-native = pytest.mark.skipif(not load()["cpu"].loaded, reason=f"no compiled operators here: {load()['cpu'].detail}")
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-
-
-@pytest.fixture(
-    params=["reference", pytest.param("native", marks=native), pytest.param("cuda", marks=cuda)], scope="module"
-)
-def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every test that takes it runs with each implementation."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BDCORE_OPS", "reference" if request.param == "reference" else "native")
-        yield "cuda" if request.param == "cuda" else "cpu"
 
 
 def expected_blend(

@@ -1,6 +1,5 @@
 import math
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,22 +10,8 @@ from torch.nn.functional import cross_entropy, normalize
 
 from bdcore.machine import peak_memory_bytes, reset_peak_memory
 from bdcore.ops import OPERATORS, info_nce, model_contrastive_loss
-from bdcore.ops.native import load
-
-native = pytest.mark.skipif(not load()["cpu"].loaded, reason=f"no compiled operators here: {load()['cpu'].detail}")
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 Inputs = tuple[Tensor, Tensor, Tensor]
-
-
-@pytest.fixture(
-    params=["reference", pytest.param("native", marks=native), pytest.param("cuda", marks=cuda)], scope="module"
-)
-def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every test that takes it runs with each implementation."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BDCORE_OPS", "reference" if request.param == "reference" else "native")
-        yield "cuda" if request.param == "cuda" else "cpu"
 
 
 def draw(
@@ -313,32 +298,6 @@ def test_compiles_without_a_graph_break_for_any_size(device: str):
         (info_nce(*others, 0.5, "mean") * 2).backward()
         for mine, other in zip(inputs[:2], others[:2], strict=True):
             torch.testing.assert_close(mine.grad, other.grad)
-
-
-@cuda
-def test_runs_on_the_current_stream_and_in_a_graph(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("BDCORE_OPS", "native")
-    inputs = draw(64, 200, 32, torch.float32, device="cuda")
-    others = exact(inputs)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            torch.autograd.grad(info_nce(*inputs, 0.5, "mean"), inputs[:2])
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = info_nce(*inputs, 0.5, "mean")
-        grads = torch.autograd.grad(loss, inputs[:2])
-    with torch.no_grad():
-        inputs[0].mul_(-1)
-        others[0].mul_(-1)
-    graph.replay()
-    expected = by_torch(*others, 0.5, "mean")
-    expected.backward()
-    torch.testing.assert_close(loss.item(), expected.item(), rtol=1e-5, atol=0)
-    for mine, other in zip(grads, others[:2], strict=True):
-        torch.testing.assert_close(mine.cpu().double(), other.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("wrong", [-1, 5])

@@ -1,5 +1,4 @@
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,25 +8,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from bdcore.ops import OPERATORS, isolation_loss
-from bdcore.ops.native import load
-
-native = pytest.mark.skipif(not load()["cpu"].loaded, reason=f"no compiled operators here: {load()['cpu'].detail}")
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 MODES = ("ce", "ascent", "lga", "flood")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Sizes on both sides of what kernels take at once: a vector, a group of 16 rows, a tile of 1024 classes.
 SHAPES = [(1, 1), (7, 2), (33, 10), (1025, 10), (16, 16), (17, 17), (7, 33), (33, 100), (5, 1024), (3, 1025), (2, 4100)]
-
-
-@pytest.fixture(
-    params=["reference", pytest.param("native", marks=native), pytest.param("cuda", marks=cuda)], scope="module"
-)
-def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every test that takes it runs with each implementation."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BDCORE_OPS", "reference" if request.param == "reference" else "native")
-        yield "cuda" if request.param == "cuda" else "cpu"
 
 
 def draw(

@@ -1,4 +1,4 @@
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -9,21 +9,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from bdcore.ops import OPERATORS, blend_trigger, load_batch
-from bdcore.ops.native import load
 from bdcore.ops.philox import below, philox
-
-native = pytest.mark.skipif(not load()["cpu"].loaded, reason=f"no compiled operators here: {load()['cpu'].detail}")
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-
-
-@pytest.fixture(
-    params=["reference", pytest.param("native", marks=native), pytest.param("cuda", marks=cuda)], scope="module"
-)
-def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every test that takes it runs with each implementation."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BDCORE_OPS", "reference" if request.param == "reference" else "native")
-        yield "cuda" if request.param == "cuda" else "cpu"
 
 
 def random_numbers(key: int, counter: int) -> list[int]:
@@ -304,9 +290,9 @@ def test_the_seed_and_the_sample_alone_decide(device: str):
         assert not torch.equal(load_batch(images, order, **{**options, "seed": seed}), everything[order])
 
 
-@native
-def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("BDCORE_OPS", "native")
+def test_threads_change_nothing(device: str):
+    if device != "cpu":
+        pytest.skip("threads are the CPU's")
     images, index = pixels(300, 3, 32, 32), torch.arange(300).flip(0)
     options = {"seed": 3, "crop": 4, "flip": True, "cutout": 8, "pattern": rand(2, 3, 5, 5), "mask": rand(2, 1, 5, 5)}
     options |= {"trigger": index % 3 - 1, "mean": [0.5] * 3, "std": [0.2] * 3}

@@ -1,5 +1,4 @@
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -9,25 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bdcore.ops import OPERATORS, LowestK, lowest_k
-from bdcore.ops.native import load
-
-native = pytest.mark.skipif(
-    not (load()["cpu"].loaded and load()["host"].loaded),
-    reason=f"no compiled operators here: {load()['cpu'].detail}; {load()['host'].detail}",
-)
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-@pytest.fixture(
-    params=["reference", pytest.param("native", marks=native), pytest.param("cuda", marks=cuda)], scope="module"
-)
-def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every test that takes it runs with each implementation."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BDCORE_OPS", "reference" if request.param == "reference" else "native")
-        yield "cuda" if request.param == "cuda" else "cpu"
 
 
 def ranked(losses: list[float], index: list[int], k: int) -> list[int]:

@@ -1,5 +1,4 @@
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,22 +8,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from bdcore.ops import OPERATORS, model_contrastive_loss
-from bdcore.ops.native import load
-
-native = pytest.mark.skipif(not load()["cpu"].loaded, reason=f"no compiled operators here: {load()['cpu'].detail}")
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 Inputs = tuple[Tensor, Tensor, Tensor]
-
-
-@pytest.fixture(
-    params=["reference", pytest.param("native", marks=native), pytest.param("cuda", marks=cuda)], scope="module"
-)
-def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every test that takes it runs with each implementation."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BDCORE_OPS", "reference" if request.param == "reference" else "native")
-        yield "cuda" if request.param == "cuda" else "cpu"
 
 
 def draw(
@@ -350,32 +335,6 @@ def test_a_cpu_kernel_replaces_the_reference_and_keeps_its_gradient(monkeypatch:
         loss.sum().backward()
     assert calls == [(3, 4)]
     assert inputs[0].grad is not None
-
-
-@cuda
-def test_runs_on_the_current_stream_and_in_a_graph(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("BDCORE_OPS", "native")
-    inputs = draw(64, 2, 256, torch.float32, device="cuda")
-    others = exact(inputs)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            torch.autograd.grad(model_contrastive_loss(*inputs, 0.5, "mean"), inputs)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = model_contrastive_loss(*inputs, 0.5, "mean")
-        grads = torch.autograd.grad(loss, inputs)
-    with torch.no_grad():
-        inputs[0].mul_(-1)
-        others[0].mul_(-1)
-    graph.replay()
-    expected = by_torch(*others, 0.5, "mean")
-    expected.backward()
-    torch.testing.assert_close(loss.item(), expected.item(), rtol=1e-5, atol=0)
-    for mine, other in zip(grads, others, strict=True):
-        torch.testing.assert_close(mine.cpu().double(), other.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
