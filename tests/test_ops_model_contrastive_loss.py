@@ -315,28 +315,6 @@ def test_compiles_without_a_graph_break_for_any_size(device: str):
             torch.testing.assert_close(mine.grad, other.grad)
 
 
-def test_a_cpu_kernel_replaces_the_reference_and_keeps_its_gradient(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("BDCORE_OPS", raising=False)
-    calls = []
-
-    def kernel(anchor, positive, negatives, temperature, reduction):
-        calls.append(anchor.shape)
-        dots = torch.einsum("bd,bkd->bk", anchor, torch.cat([positive[:, None], negatives], 1))
-        norms = torch.cat([anchor[:, None], positive[:, None], negatives], 1).norm(dim=-1)
-        cosines = dots / norms[:, :1] / norms[:, 1:]
-        return -(cosines / temperature).log_softmax(1)[:, 0], norms, cosines
-
-    inputs = draw(3, 2, 4)
-    expected = by_torch(*draw(3, 2, 4), 0.5, "none")
-    with torch.library._scoped_library("bdcore", "IMPL") as library:
-        library.impl("model_contrastive_loss", kernel, "CPU", allow_override=True)
-        loss = model_contrastive_loss(*inputs, 0.5)
-        torch.testing.assert_close(loss, expected)
-        loss.sum().backward()
-    assert calls == [(3, 4)]
-    assert inputs[0].grad is not None
-
-
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
