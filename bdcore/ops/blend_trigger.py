@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bdcore.ops.formats import FLOATS
 from bdcore.ops.registration import operators, register
-from bdcore.ops.triggers import FLOATS, check_numbers, check_places, check_result, check_triggers, floats
+from bdcore.ops.triggers import check_numbers, check_places, check_result, check_triggers, floats
 
 
 def blend_trigger(

@@ -11,19 +11,16 @@ never stored: it is computed in tiles, forward and backward.
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bdcore.errors import unknown_name
+from bdcore.ops.formats import FLOATS, REDUCTIONS, Reduction, accumulator
 from bdcore.ops.registration import operators, register
 
-Reduction = Literal["none", "mean", "sum"]
-
 EPS = 1e-8
-_REDUCTIONS: dict[str, int] = {"none": 0, "mean": 1, "sum": 2}
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def info_nce(
@@ -51,7 +48,7 @@ def info_nce(
             the process's use of the device.
     """
     for name, tensor in (("anchor", anchor), ("keys", keys)):
-        if tensor.dtype not in _FLOATS:
+        if tensor.dtype not in FLOATS:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
         if tensor.ndim != 2:
             raise ValueError(f"{name} must be [rows, D], got shape {list(tensor.shape)}")
@@ -66,19 +63,15 @@ def info_nce(
         raise ValueError(f"positive_index must be [{anchor.shape[0]}] as anchor is, got {list(positive_index.shape)}")
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature must be a positive number, got {temperature}")
-    if reduction not in _REDUCTIONS:
-        raise ValueError(unknown_name("reduction", reduction, _REDUCTIONS))
+    if reduction not in REDUCTIONS:
+        raise ValueError(unknown_name("reduction", reduction, REDUCTIONS))
     if anchor.dtype != keys.dtype:
         dtype = torch.promote_types(anchor.dtype, keys.dtype)
         anchor, keys = anchor.to(dtype), keys.to(dtype)
-    return operators(anchor).info_nce(anchor, keys, positive_index, float(temperature), _REDUCTIONS[reduction])[0]
+    return operators(anchor).info_nce(anchor, keys, positive_index, float(temperature), REDUCTIONS[reduction])[0]
 
 
 _TILE = 1024
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _check_values(positive_index: Tensor, keys: Tensor) -> None:
@@ -131,20 +124,20 @@ def _forward(
     margin = others - positive
     loss = torch.logaddexp(torch.zeros_like(margin), margin)  # exact for losses near 0, where a difference is not
     statistics = torch.stack([anchor_norms, positive + loss, margin.sigmoid()])
-    if reduction == _REDUCTIONS["mean"]:
+    if reduction == REDUCTIONS["mean"]:
         loss = loss.mean()
-    elif reduction == _REDUCTIONS["sum"]:
+    elif reduction == REDUCTIONS["sum"]:
         loss = loss.sum()
-    dtype = _accumulator(anchor.dtype)
+    dtype = accumulator(anchor.dtype)
     return loss.to(dtype), statistics.to(dtype), key_norms.to(dtype)
 
 
 def _forward_fake(
     anchor: Tensor, keys: Tensor, positive_index: Tensor, temperature: float, reduction: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _accumulator(anchor.dtype)
+    dtype = accumulator(anchor.dtype)
     batch = anchor.shape[0]
-    loss = anchor.new_empty((batch,) if reduction == _REDUCTIONS["none"] else (), dtype=dtype)
+    loss = anchor.new_empty((batch,) if reduction == REDUCTIONS["none"] else (), dtype=dtype)
     return loss, anchor.new_empty((3, batch), dtype=dtype), anchor.new_empty((keys.shape[0],), dtype=dtype)
 
 
@@ -164,7 +157,7 @@ def _backward(
     _check_values(positive_index, keys)
     anchor_norms, log_sums, misses = statistics.double()
     batch = anchor.shape[0]
-    slopes = grad.double() / (temperature * (max(batch, 1) if reduction == _REDUCTIONS["mean"] else 1))
+    slopes = grad.double() / (temperature * (max(batch, 1) if reduction == REDUCTIONS["mean"] else 1))
     slopes = slopes.expand(batch)
     anchor_sums = anchor_norms.new_zeros(anchor.shape if need_anchor else (0,))
     grad_keys = keys.new_empty(keys.shape if need_keys else (0,))

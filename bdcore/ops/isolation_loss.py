@@ -15,17 +15,15 @@ import torch
 from torch import Tensor
 
 from bdcore.errors import unknown_name
+from bdcore.ops.formats import FLOATS, REDUCTIONS, Reduction, accumulator
 from bdcore.ops.registration import operators, register
 
 Mode = Literal["ce", "ascent", "lga", "flood"]
 Per = Literal["sample", "batch"]
-Reduction = Literal["none", "mean", "sum"]
 
 _MODES: dict[str, int] = {"ce": 0, "ascent": 1, "lga": 2, "flood": 3}
 _PER = ("sample", "batch")
-_REDUCTIONS: dict[str, int] = {"none": 0, "mean": 1, "sum": 2}
 _BATCH = 3  # among the reductions of the operator: the mode is applied to the batch's mean
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def isolation_loss(
@@ -67,7 +65,7 @@ def isolation_loss(
         RuntimeError: where a label lies outside; on a GPU, as everywhere in PyTorch, a kernel's assertion ends the
             process's use of the device.
     """
-    if logits.dtype not in _FLOATS:
+    if logits.dtype not in FLOATS:
         raise TypeError(f"logits must be float16, bfloat16, float32 or float64, got {logits.dtype}")
     if labels.dtype != torch.int64:
         raise TypeError(f"labels must be int64, got {labels.dtype}")
@@ -81,13 +79,13 @@ def isolation_loss(
         raise ValueError(unknown_name("mode", mode, _MODES))
     if per not in _PER:
         raise ValueError(unknown_name("per", per, _PER))
-    if reduction not in _REDUCTIONS:
-        raise ValueError(unknown_name("reduction", reduction, _REDUCTIONS))
+    if reduction not in REDUCTIONS:
+        raise ValueError(unknown_name("reduction", reduction, REDUCTIONS))
     if not math.isfinite(gamma):
         raise ValueError(f"gamma must be a finite number, got {gamma}")
     if label_smoothing:
         _check_smoothing(label_smoothing, mode)
-    kind = _REDUCTIONS[reduction]
+    kind = REDUCTIONS[reduction]
     if per == "batch":
         if reduction == "sum":
             raise ValueError("per='batch' is a function of the batch's mean, which cannot be summed: use 'mean'")
@@ -105,10 +103,6 @@ def _check_smoothing(label_smoothing: float, mode: str) -> None:
             f"label_smoothing must be 0 with mode {mode!r}: it puts a floor under the loss, and where gamma lies below"
             " that floor the ascent never begins"
         )
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _check_labels(labels: Tensor, classes: int, ignore_index: int) -> None:
@@ -139,7 +133,7 @@ def _forward(
     logits: Tensor, labels: Tensor, gamma: float, mode: int, ignore_index: int, smoothing: float, reduction: int
 ) -> tuple[Tensor, Tensor]:
     _check_labels(labels, logits.shape[1], ignore_index)
-    z = logits.to(_accumulator(logits.dtype))
+    z = logits.to(accumulator(logits.dtype))
     used = labels != ignore_index
     label = labels.where(used, 0).unsqueeze(1)
     top = z.amax(1) if len(z) else z.new_empty(0)
@@ -158,9 +152,9 @@ def _forward(
     if reduction != _BATCH:
         loss = _value(loss, slope, gamma, mode)
     slope, loss = slope.where(used, 0), loss.where(used, 0)
-    if reduction != _REDUCTIONS["none"]:
+    if reduction != REDUCTIONS["none"]:
         loss = loss.sum()
-    if reduction in (_REDUCTIONS["mean"], _BATCH):
+    if reduction in (REDUCTIONS["mean"], _BATCH):
         count = used.sum().to(loss.dtype)
         loss, factor = loss / count, 1 / count
     if reduction == _BATCH:
@@ -173,8 +167,8 @@ def _forward(
 def _forward_fake(
     logits: Tensor, labels: Tensor, gamma: float, mode: int, ignore_index: int, smoothing: float, reduction: int
 ) -> tuple[Tensor, Tensor]:
-    batch, dtype = logits.shape[0], _accumulator(logits.dtype)
-    shape = (batch,) if reduction == _REDUCTIONS["none"] else ()
+    batch, dtype = logits.shape[0], accumulator(logits.dtype)
+    shape = (batch,) if reduction == REDUCTIONS["none"] else ()
     return logits.new_empty(shape, dtype=dtype), logits.new_empty((4 * batch + 1,), dtype=dtype)
 
 

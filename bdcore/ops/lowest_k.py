@@ -15,12 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bdcore.ops.formats import FLOATS
 from bdcore.ops.registration import implementation, operators, register
 
 if TYPE_CHECKING:
     from bdcore.ops import _host
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def lowest_k(losses: Tensor, k: int) -> Tensor:
@@ -101,7 +100,7 @@ class LowestK:
 
 
 def _check_losses(losses: Tensor) -> None:
-    if losses.dtype not in _FLOATS:
+    if losses.dtype not in FLOATS:
         raise TypeError(f"losses must be float16, bfloat16, float32 or float64, got {losses.dtype}")
     if losses.ndim != 1:
         raise ValueError(f"losses must be [N], got shape {list(losses.shape)}")

@@ -9,20 +9,17 @@ Learning for Backdoor Defense" (ACM MM 2023).
 """
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm as norm
 
 from bdcore.errors import unknown_name
+from bdcore.ops.formats import FLOATS, REDUCTIONS, Reduction, accumulator
 from bdcore.ops.registration import operators, register
 
-Reduction = Literal["none", "mean", "sum"]
-
 EPS = 1e-8
-_REDUCTIONS: dict[str, int] = {"none": 0, "mean": 1, "sum": 2}
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def model_contrastive_loss(
@@ -48,7 +45,7 @@ def model_contrastive_loss(
         ValueError: where shapes, devices, the temperature or the reduction are not as above.
     """
     for name, tensor in (("anchor", anchor), ("positive", positive), ("negatives", negatives)):
-        if tensor.dtype not in _FLOATS:
+        if tensor.dtype not in FLOATS:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
         if tensor.device != anchor.device:
             raise ValueError(f"{name} is on {tensor.device} and anchor on {anchor.device}: move them to one device")
@@ -61,25 +58,21 @@ def model_contrastive_loss(
         raise ValueError(f"negatives must be [{batch}, K, {width}] as anchor is, got shape {list(negatives.shape)}")
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature must be a positive number, got {temperature}")
-    if reduction not in _REDUCTIONS:
-        raise ValueError(unknown_name("reduction", reduction, _REDUCTIONS))
+    if reduction not in REDUCTIONS:
+        raise ValueError(unknown_name("reduction", reduction, REDUCTIONS))
     if not anchor.dtype == positive.dtype == negatives.dtype:
         dtype = torch.promote_types(torch.promote_types(anchor.dtype, positive.dtype), negatives.dtype)
         anchor, positive, negatives = anchor.to(dtype), positive.to(dtype), negatives.to(dtype)
     return operators(anchor).model_contrastive_loss(
-        anchor, positive, negatives, float(temperature), _REDUCTIONS[reduction]
+        anchor, positive, negatives, float(temperature), REDUCTIONS[reduction]
     )[0]
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 # Sums of products rather than matrix products: those autocast, or a TF32 setting, would compute in fewer bits.
 def _forward(
     anchor: Tensor, positive: Tensor, negatives: Tensor, temperature: float, reduction: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _accumulator(anchor.dtype)
+    dtype = accumulator(anchor.dtype)
     z, pos, neg = anchor.to(dtype), positive.to(dtype).unsqueeze(1), negatives.to(dtype)
     norms = torch.cat([norm(z, dim=-1, keepdim=True), norm(pos, dim=-1), norm(neg, dim=-1)], dim=1)
     dots = torch.cat([(z.unsqueeze(1) * pos).sum(-1), (z.unsqueeze(1) * neg).sum(-1)], dim=1)
@@ -88,9 +81,9 @@ def _forward(
     scaled = cosines / temperature
     margin = scaled[:, 1:].logsumexp(1) - scaled[:, 0]
     loss = torch.logaddexp(torch.zeros_like(margin), margin)  # exact for losses near 0, where a difference is not
-    if reduction == _REDUCTIONS["mean"]:
+    if reduction == REDUCTIONS["mean"]:
         loss = loss.mean()
-    elif reduction == _REDUCTIONS["sum"]:
+    elif reduction == REDUCTIONS["sum"]:
         loss = loss.sum()
     return loss, norms, cosines
 
@@ -98,9 +91,9 @@ def _forward(
 def _forward_fake(
     anchor: Tensor, positive: Tensor, negatives: Tensor, temperature: float, reduction: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _accumulator(anchor.dtype)
+    dtype = accumulator(anchor.dtype)
     batch, negative_count = negatives.shape[:2]
-    loss = anchor.new_empty((batch,) if reduction == _REDUCTIONS["none"] else (), dtype=dtype)
+    loss = anchor.new_empty((batch,) if reduction == REDUCTIONS["none"] else (), dtype=dtype)
     return (
         loss,
         anchor.new_empty((batch, 2 + negative_count), dtype=dtype),
@@ -124,7 +117,7 @@ def _backward(
     """dl/ds+ = (p+ - 1)/t and dl/ds_k = p_k/t with p the softmax; ds/dz = (w - s u)/|z|, u and w unit vectors."""
     batch = anchor.shape[0]
     z, pos, neg = anchor.to(norms.dtype), positive.to(norms.dtype), negatives.to(norms.dtype)
-    row = grad.to(norms.dtype) / (temperature * (max(batch, 1) if reduction == _REDUCTIONS["mean"] else 1))
+    row = grad.to(norms.dtype) / (temperature * (max(batch, 1) if reduction == REDUCTIONS["mean"] else 1))
     slope = (cosines / temperature).softmax(1) * row.reshape(-1, 1)
     slope = torch.cat([-slope[:, 1:].sum(1, keepdim=True), slope[:, 1:]], dim=1)  # p+ - 1 without cancellation
 

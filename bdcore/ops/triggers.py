@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from bdcore.ops.formats import FLOATS
 
 
 def check_triggers(images: Tensor, pattern: Tensor, mask: Tensor) -> None:

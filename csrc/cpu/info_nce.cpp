@@ -12,11 +12,6 @@ namespace {
 
 enum Reduction : int64_t { none = 0, mean = 1, sum = 2 };  // as in bdcore/ops/info_nce.py
 
-// Rows are read where they lie as long as the elements of each lie side by side.
-Tensor with_dense_rows(const Tensor& tensor) {
-  return tensor.size(1) < 2 || tensor.stride(1) == 1 ? tensor : torch::stable::contiguous(tensor);
-}
-
 NceRows rows_of(const Tensor& tensor, const Tensor& norms) {
   return {scalar_of(tensor.scalar_type()), tensor.const_data_ptr(), tensor.stride(0), tensor.size(1),
           norms.mutable_data_ptr()};

@@ -11,12 +11,6 @@ namespace {
 
 enum Reduction : int64_t { none = 0, mean = 1, sum = 2 };  // as in bdcore/ops/model_contrastive_loss.py
 
-// Rows are read where they lie as long as the elements of each lie side by side.
-Tensor with_dense_rows(const Tensor& tensor) {
-  const int64_t last = tensor.dim() - 1;
-  return tensor.size(last) < 2 || tensor.stride(last) == 1 ? tensor : torch::stable::contiguous(tensor);
-}
-
 ContrastiveRows rows_of(const Tensor& anchor, const Tensor& positive, const Tensor& negatives, double temperature) {
   ContrastiveRows rows{};
   rows.scalar = scalar_of(anchor.scalar_type());

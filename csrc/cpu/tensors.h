@@ -16,6 +16,7 @@
 #include <optional>
 #include <vector>
 
+#include "../common/rows.h"
 #include "level.h"
 #include "scalar.h"
 
@@ -37,11 +38,6 @@ inline Scalar scalar_of(ScalarType type) {
 
 inline ScalarType accumulator_of(ScalarType type) {
   return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-// Not named contiguous: a call of that would also find torch::stable::contiguous.
-inline Tensor as_contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
 // A new tensor of `like`'s dtype that asks for large pages where it fills some: the system clears a page when it is

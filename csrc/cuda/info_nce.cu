@@ -130,20 +130,6 @@ __global__ void __launch_bounds__(kThreads) finish_rows(const LogSum<A>* partial
   misses[row] = margin > 0 ? 1 / (1 + e) : e / (1 + e);
 }
 
-// One block: the sum of all losses, in an order that depends on their number alone.
-template <class A>
-__global__ void __launch_bounds__(1024) reduce_losses(const A* losses, int64_t batch, double divisor, A* result) {
-  __shared__ double shared[kWarp];
-  double total = 0;
-  for (int64_t row = threadIdx.x; row < batch; row += blockDim.x) total += static_cast<double>(losses[row]);
-  total = warp_sum(total);
-  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = total;
-  __syncthreads();
-  if (threadIdx.x >= kWarp) return;
-  total = warp_sum(threadIdx.x < blockDim.x / kWarp ? shared[threadIdx.x] : 0.0);
-  if (threadIdx.x == 0) *result = static_cast<A>(total / divisor);
-}
-
 // What the slopes, dl/ds times what came from above, are computed from.
 struct Losses {
   const void* grad;  // one for each `grad_stride` elements, to be multiplied by `scale`
@@ -236,11 +222,6 @@ __global__ void __launch_bounds__(kThreads) project_rows(Rows rows, int64_t widt
   for (int64_t d = threadIdx.x % kWarp; d < width; d += kWarp) {
     gradients[row * width + d] = static_cast<T>((g[d] - bend * static_cast<A>(x[d])) * inverse);
   }
-}
-
-// Rows are read where they lie as long as the elements of each lie side by side.
-Tensor with_dense_rows(const Tensor& tensor) {
-  return tensor.size(1) < 2 || tensor.stride(1) == 1 ? tensor : torch::stable::contiguous(tensor);
 }
 
 int64_t divided_up(int64_t value, int64_t by) { return (value + by - 1) / by; }

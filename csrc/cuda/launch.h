@@ -20,6 +20,8 @@
 #include <optional>
 #include <vector>
 
+#include "../common/rows.h"
+
 #if defined(BDCORE_EMULATED)
 #include "emulator.h"
 #define BDCORE_CUDA_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(bdcore_emulated, CPU, m)
@@ -98,13 +100,22 @@ __device__ __forceinline__ T warp_max(T value) {
   return value;
 }
 
-inline ScalarType accumulator_of(ScalarType type) {
-  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+// One block: the sum of all losses, in an order that depends on their number alone.
+template <class A>
+__global__ void __launch_bounds__(1024) reduce_losses(const A* losses, int64_t batch, double divisor, A* result) {
+  __shared__ double shared[kWarp];
+  double total = 0;
+  for (int64_t row = threadIdx.x; row < batch; row += blockDim.x) total += static_cast<double>(losses[row]);
+  total = warp_sum(total);
+  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = total;
+  __syncthreads();
+  if (threadIdx.x >= kWarp) return;
+  total = warp_sum(threadIdx.x < blockDim.x / kWarp ? shared[threadIdx.x] : 0.0);
+  if (threadIdx.x == 0) *result = static_cast<A>(total / divisor);
 }
 
-// Not named contiguous: a call of that would also find torch::stable::contiguous.
-inline Tensor as_contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+inline ScalarType accumulator_of(ScalarType type) {
+  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 // Runs the statements with T as the C++ type of a floating-point `scalar`.

@@ -143,20 +143,6 @@ __global__ void __launch_bounds__(256) forward_rows(Rows rows, void* losses, voi
   static_cast<A*>(losses)[row] = loss;
 }
 
-// One block: the sum of all losses, in an order that depends on their number alone.
-template <class A>
-__global__ void __launch_bounds__(1024) reduce_losses(const A* losses, int64_t batch, double divisor, A* result) {
-  __shared__ double shared[kWarp];
-  double total = 0;
-  for (int64_t row = threadIdx.x; row < batch; row += blockDim.x) total += static_cast<double>(losses[row]);
-  total = warp_sum(total);
-  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = total;
-  __syncthreads();
-  if (threadIdx.x >= kWarp) return;
-  total = warp_sum(threadIdx.x < blockDim.x / kWarp ? shared[threadIdx.x] : 0.0);
-  if (threadIdx.x == 0) *result = static_cast<A>(total / divisor);
-}
-
 template <class T, int N, int Warps>
 __global__ void __launch_bounds__(256) backward_rows(Rows rows, Gradients grads) {
   using A = Accumulator<T>;
@@ -232,12 +218,6 @@ __global__ void __launch_bounds__(256) backward_rows(Rows rows, Gradients grads)
     for (int j = 0; j < N; ++j) written.value[j] = static_cast<T>(sum[j]);
     store_pack(static_cast<T*>(grads.anchor) + row * width + i, written);
   }
-}
-
-// Rows are read where they lie as long as the elements of each lie side by side.
-Tensor with_dense_rows(const Tensor& tensor) {
-  const int64_t last = tensor.dim() - 1;
-  return tensor.size(last) < 2 || tensor.stride(last) == 1 ? tensor : torch::stable::contiguous(tensor);
 }
 
 Rows rows_of(const Tensor& anchor, const Tensor& positive, const Tensor& negatives, double temperature) {
