@@ -217,7 +217,7 @@ class TestResume:
         for name, value in straight.state_dict().items():
             assert torch.equal(resumed.state_dict()[name], value), name
         ours, theirs = load_tensors(whole / "t.safetensors")[0], load_tensors(parts / "t.safetensors")[0]
-        assert any(name.startswith("optimizer.") for name in ours)
+        assert any(name.startswith("optimizer0.") for name in ours)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours), "the optimiser's state"
         assert first.meter.images == after * 24
@@ -243,11 +243,11 @@ class TestResume:
         before = interrupted(RECIPES["sgd"], tmp_path, 2).meter
         before.resume(before.images, 500.0)
         model = network(0.3)
-        optimizer = RECIPES["sgd"].optimizer_for(model)
+        optimizer = RECIPES["sgd"].optimizer_for(model.parameters())
         context = Context(meter=before)
-        save_checkpoint(tmp_path / "a.safetensors", model, optimizer, {"recipe": "r"}, context)
+        save_checkpoint(tmp_path / "a.safetensors", model, [optimizer], {"recipe": "r"}, context)
         again = Context()
-        assert load_checkpoint(tmp_path / "a.safetensors", model, optimizer, "r", again) == {"recipe": "r"}
+        assert load_checkpoint(tmp_path / "a.safetensors", model, [optimizer], "r", again) == {"recipe": "r"}
         assert 500 <= again.meter.seconds < 560
         assert again.meter.images == before.images
 
@@ -285,9 +285,9 @@ class TestResume:
         path = tmp_path / "t.safetensors"
         content = path.read_bytes()
         model = network(0.3)
-        optimizer = recipe.optimizer_for(model)
+        optimizer = recipe.optimizer_for(model.parameters())
         identity = f"t {recipe.model_dump_json()}"
-        assert load_checkpoint(path, model, optimizer, identity, Context()) is not None
+        assert load_checkpoint(path, model, [optimizer], identity, Context()) is not None
         header = 8 + int.from_bytes(content[:8], "little")
         places = [*range(0, header, 7), *range(header, len(content), len(content) // 40)]
         untouched = {name: value.clone() for name, value in model.state_dict().items()}
@@ -297,7 +297,7 @@ class TestResume:
             path.write_bytes(altered)
             said: list[str] = []
             context = Context(warn=said.append)
-            assert load_checkpoint(path, model, optimizer, identity, context) is None, place
+            assert load_checkpoint(path, model, [optimizer], identity, context) is None, place
             assert len(said) == 1, place
             assert context.meter.images == 0
         assert all(torch.equal(model.state_dict()[name], value) for name, value in untouched.items())

@@ -1,7 +1,7 @@
 """Checkpoints of a training phase: what an exact resume needs, in safetensors."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,21 +15,23 @@ from bdcore.store import Damaged, digest, load_tensors, save_tensors
 def save_checkpoint(
     path: Path,
     module: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     state: dict[str, int | bool | str],
     context: Context,
 ) -> None:
-    """Write parameters, buffers, the optimiser's state and `state` to `path`, atomically."""
+    """Write parameters, buffers, the optimisers' states and `state` to `path`, atomically."""
     tensors: dict[str, Tensor] = {f"module.{name}": value for name, value in module.state_dict().items()}
-    for number, slots in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{number}.{slot}": value for slot, value in slots.items() if value is not None}
+    for which, optimizer in enumerate(optimizers):
+        for number, slots in optimizer.state_dict()["state"].items():
+            kept = {slot: value for slot, value in slots.items() if value is not None}
+            tensors |= {f"optimizer{which}.{number}.{slot}": value for slot, value in kept.items()}
     cost = {"images": context.meter.images, "seconds": context.meter.seconds}
     metadata = {"state": json.dumps(state), "cost": json.dumps(cost)}
     save_tensors(path, tensors, metadata | {"sha256": _checksum(tensors, metadata)})
 
 
 def load_checkpoint(
-    path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, recipe: str, context: Context
+    path: Path, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], recipe: str, context: Context
 ) -> dict[str, int | bool | str] | None:
     """Restore what `save_checkpoint` wrote.
 
@@ -49,13 +51,14 @@ def load_checkpoint(
     if state["recipe"] != recipe:
         return None
     module.load_state_dict({k.removeprefix("module."): v for k, v in tensors.items() if k.startswith("module.")})
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    slots: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer."):
-            _, number, slot = key.split(".", 2)
-            slots.setdefault(int(number), {})[slot] = _laid_out(value, parameters[int(number)])
-    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+    for which, optimizer in enumerate(optimizers):
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        slots: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith(f"optimizer{which}."):
+                _, number, slot = key.split(".", 2)
+                slots.setdefault(int(number), {})[slot] = _laid_out(value, parameters[int(number)])
+        optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
     cost = json.loads(metadata["cost"])
     context.meter.resume(cost["images"], cost["seconds"])
     return state

@@ -1,7 +1,8 @@
 """The one training loop."""
 
 import copy
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from time import perf_counter
 
@@ -28,7 +29,10 @@ def fit(
     recipe: Recipe,
     context: Context,
     on_epoch: Callable[[int, dict[str, float]], bool] | None = None,
-) -> None:
+    *,
+    parts: Mapping[str, Recipe] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> torch.optim.Optimizer:
     """Train `module` in place, resuming exactly where an interrupted run left it.
 
     Everything random follows from `context.seed`, `phase` and the epoch, so a resumed training ends with the same
@@ -44,10 +48,19 @@ def fit(
         context: device, precision, seed, checkpoint folder, progress.
         on_epoch: called after each epoch with its number (from 0) and mean figures, may alter the module's buffers and
             parameters; True ends the training.
+        parts: children of `module`, by name, that have an optimiser and a schedule of their own, as in adversarial
+            training; epochs, batches and augmentation are `recipe`'s. A parameter that a step's loss does not reach
+            keeps its value.
+        optimizer: what an earlier phase over the same parameters returned: its momentum carries over, while rate,
+            momentum's factor and decay are `recipe`'s.
+
+    Returns:
+        The optimiser of `module` without its parts, to go on with.
 
     Raises:
         BdcoreError: where the loss is no longer finite.
-        ValueError: where columns are empty or of unequal lengths, or the phase's name was used before.
+        ValueError: where columns are empty or of unequal lengths, the phase's name was used before, a part is no child
+            of the module, or the optimiser is of another kind or over other parameters.
     """
     if context.folder and phase in context.phases:  # it would be answered from the first one's checkpoint
         raise ValueError(f"fit: phase {phase!r} was trained already in this stage; give every phase its own name")
@@ -62,10 +75,11 @@ def fit(
     if len(set(lengths.values())) != 1 or not all(lengths.values()):
         raise ValueError(f"{phase}: columns must have the same number of rows, at least one, got {lengths}")
     samples = next(iter(lengths.values()))
-    optimizer = recipe.optimizer_for(module)
-    identity = f"{phase} {recipe.model_dump_json()}"
+    recipes = {"": recipe, **(parts or {})}
+    optimizers = _optimizers(module, recipes, optimizer)
+    identity = " ".join([phase, *(f"{name}{one.model_dump_json()}" for name, one in recipes.items())])
     path = context.folder / f"{phase}.safetensors" if context.folder else None
-    state = load_checkpoint(path, module, optimizer, identity, context) if path else None
+    state = load_checkpoint(path, module, optimizers, identity, context) if path else None
     first, ended = (int(state["epochs"]), bool(state["ended"])) if state else (0, False)
     steps = steps_per_epoch(samples, recipe)
     started, saved = perf_counter(), perf_counter()
@@ -80,11 +94,12 @@ def fit(
             sums: dict[str, Tensor] = {}
             drawn = 0
             for step, batch in enumerate(epoch_batches(columns, recipe, generator)):
-                rate = recipe.learning_rate(epoch * steps + step, steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
+                for one, name in zip(optimizers, recipes, strict=True):
+                    rate = recipes[name].learning_rate(epoch * steps + step, steps, recipe.epochs)
+                    for group in one.param_groups:
+                        group["lr"] = rate
                 drawn += len(batch["index"])
-                figures = _step(batch, loss, optimizer, context)
+                figures = _step(batch, loss, optimizers, context)
                 for name, value in figures.items():
                     # Summed on the device: reading a value back each step would stall it.
                     sums[name] = sums[name] + value if name in sums else value
@@ -98,11 +113,12 @@ def fit(
             last = ended or epoch + 1 == recipe.epochs
             if path and (last or perf_counter() - saved > _SECONDS_BETWEEN_CHECKPOINTS):
                 done = {"recipe": identity, "epochs": epoch + 1, "ended": ended}
-                save_checkpoint(path, module, optimizer, done, context)
+                save_checkpoint(path, module, optimizers, done, context)
                 saved = perf_counter()
             now = perf_counter()
             left = 0.0 if last else (now - started) / (epoch + 1 - first) * (recipe.epochs - epoch - 1)
             context.report(Progress(phase, epoch + 1, recipe.epochs, means, drawn / (now - began), left))
+    return optimizers[0]
 
 
 def forward_batches(
@@ -136,19 +152,48 @@ def _seed(device: torch.device, seed: int) -> None:
             torch.cuda.manual_seed(seed)
 
 
+def _optimizers(
+    module: nn.Module, recipes: Mapping[str, Recipe], optimizer: torch.optim.Optimizer | None
+) -> list[torch.optim.Optimizer]:
+    """An optimiser a recipe: the first for what no part holds."""
+    children = dict(module.named_children())
+    parts = [name for name in recipes if name]
+    absent = [name for name in parts if name not in children]
+    if absent:
+        raise ValueError(f"fit: part {absent[0]!r} is no child of {type(module).__name__}; it has {sorted(children)}")
+    taken = {parameter for name in parts for parameter in children[name].parameters()}
+    rest = [parameter for parameter in module.parameters() if parameter not in taken]
+    main = recipes[""].optimizer_for(rest)
+    if optimizer is not None:
+        main = _continued(optimizer, main)
+    return [main, *(recipes[name].optimizer_for(children[name].parameters()) for name in parts)]
+
+
+def _continued(earlier: torch.optim.Optimizer, new: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The earlier optimiser with the options of the new one."""
+    (old,), (group,) = earlier.param_groups, new.param_groups
+    same = len(old["params"]) == len(group["params"]) and all(map(operator.is_, old["params"], group["params"]))
+    if type(earlier) is not type(new) or not same:
+        raise ValueError("fit: an optimizer can only go on over the parameters it had, and under a recipe of its kind")
+    old.update({name: value for name, value in group.items() if name != "params"})
+    return earlier
+
+
 def _step(
     batch: Batch,
     loss: Callable[[Batch], Tensor | dict[str, Tensor]],
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     context: Context,
 ) -> dict[str, Tensor]:
     """One update; returns the batch's figures, detached."""
     with torch.autocast(context.device.type, torch.bfloat16, enabled=context.precision == "bf16"):
         result = loss(batch)
     figures = result if isinstance(result, dict) else {"loss": result}
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
     figures["loss"].backward()
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
     return {name: value.detach() for name, value in figures.items()}
 
 

@@ -1,5 +1,6 @@
 """The options of one training: optimiser, schedule, batches, augmentation."""
 
+from collections.abc import Iterable
 from math import cos, pi
 from typing import Annotated, Literal
 
@@ -41,9 +42,9 @@ class Recipe(BaseModel):
         description="repeat the pass within an epoch until it has this many steps (for small clean sets)",
     )
 
-    def learning_rate(self, step: int, steps_per_epoch: int) -> float:
-        """The rate at global `step`, counted from 0."""
-        total = self.epochs * steps_per_epoch
+    def learning_rate(self, step: int, steps_per_epoch: int, epochs: int | None = None) -> float:
+        """The rate at global `step`, counted from 0, of a training of `epochs` (default: the recipe's own)."""
+        total = (epochs or self.epochs) * steps_per_epoch
         match self.schedule:
             case "constant":
                 return self.lr
@@ -56,9 +57,9 @@ class Recipe(BaseModel):
                 rise = self.warmup * total
                 return self.lr * min((step + 1) / rise if rise else 1.0, (total - step) / max(total - rise, 1), 1.0)
 
-    def optimizer_for(self, module: nn.Module) -> torch.optim.Optimizer:
-        """The optimiser over the parameters of `module` that need a gradient."""
-        parameters = [p for p in module.parameters() if p.requires_grad]
+    def optimizer_for(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimiser over those of `parameters` that need a gradient."""
+        parameters = [parameter for parameter in parameters if parameter.requires_grad]
         if self.optimizer == "adam":
             return torch.optim.Adam(parameters, self.lr, betas=self.betas, weight_decay=self.weight_decay, fused=True)
         return torch.optim.SGD(parameters, self.lr, momentum=self.momentum, weight_decay=self.weight_decay, fused=True)
