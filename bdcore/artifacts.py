@@ -180,13 +180,35 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Trigger:
-    """A recovered trigger: what is added to [0, 1] images, x' = clamp(x + delta, 0, 1) with delta float [C, H, W], or
-    blended into them, x' = (1 - mask) x + mask pattern (mask float [1, H, W], pattern float [C, H, W])."""
+    """A recovered trigger, in one of three forms.
+
+    Args:
+        target: the class that it leads to.
+        delta: float [C, H, W], added to images in [0, 1]: x' = clamp(x + delta, 0, 1).
+        mask, pattern: float [1, H, W] and [C, H, W] in [0, 1], blended in: x' = (1 - mask) x + mask pattern.
+        patches: float [K, C, h, w] in [0, 1], samples of a distribution of patches, each of which is put over the image
+            at any place.
+    """
 
     target: int
     delta: Tensor | None = None
     mask: Tensor | None = None
     pattern: Tensor | None = None
+    patches: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Suspects:
+    """Training samples that a defense holds to be poisoned.
+
+    Args:
+        index: int64 [K], their places in the suspect set, each once.
+        scores: floating point [N], how suspicious every sample of the set is (larger: more); None where only some were
+            picked out.
+    """
+
+    index: Tensor
+    scores: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -197,12 +219,14 @@ class Outcome:
         model: the purified classifier; None leaves the model as it was.
         verdict: whether there is a backdoor.
         triggers: recovered triggers.
+        suspects: training samples that look poisoned.
         notes: short facts worth recording, for instance a chosen threshold.
     """
 
     model: nn.Module | None = None
     verdict: Verdict | None = None
     triggers: tuple[Trigger, ...] = ()
+    suspects: Suspects | None = None
     notes: Mapping[str, float | int | str] = field(default_factory=dict[str, float | int | str])
 
 
@@ -223,3 +247,24 @@ class Scores:
     ra: float | None
     target_class_accuracy: float | None
     nontarget_accuracy: float | None
+
+
+@dataclass(frozen=True)
+class Isolation:
+    """How well suspects match the poisoned samples, as fractions of 1; None where a figure has no meaning.
+
+    Args:
+        isolated: number of suspects.
+        precision: share of the suspects that are poisoned.
+        recall: share of the poisoned samples that are suspects.
+        fpr: share of the clean samples that are suspects.
+        f1: harmonic mean of precision and recall.
+        auroc: chance that a poisoned sample scores above a clean one, ties counting half.
+    """
+
+    isolated: int
+    precision: float | None
+    recall: float | None
+    fpr: float | None
+    f1: float | None
+    auroc: float | None

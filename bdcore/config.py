@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, Field, ValidationError
 
-from bdcore.contract import DatasetPlugin, Plugin, PluginConfig
+from bdcore.contract import Attack, DatasetPlugin, Plugin, PluginConfig
 from bdcore.errors import UsageError, unknown_name
 from bdcore.models import check_name
 from bdcore.training import Recipe
@@ -50,6 +50,11 @@ class RunSettings(PluginConfig):
         "auto", description="of training; auto: bf16 where the device computes it natively, else fp32"
     )
     model: str = Field("wrn16_1", description="architecture of the victim")
+    victim: Literal["trained", "fine_tuned"] = Field(
+        "trained",
+        description="trained on the poisoned set; or a clean classifier, fine-tuned with poison_rate of every batch "
+        "poisoned anew",
+    )
     clean_fraction: float = Field(0.05, gt=0, le=1, description="share of the training set that the defender has clean")
     compile: bool = Field(False, description="train with torch.compile")
 
@@ -144,6 +149,8 @@ def resolve(
 
     run = _validate(RunSettings, "run", given["run"])
     check_name(run.model)
+    if run.victim == "fine_tuned":
+        _check_fine_tuned(attack)
     return RunConfig(
         run=run,
         dataset=Chosen(loaded, _validate(_class(loaded).Config, "dataset", given["dataset"])),
@@ -249,6 +256,13 @@ def _choose_attack(host: "Host", named: Sequence["Loaded"], no_attack: bool) -> 
             f"nothing to run: name a defense or an attack with --plugin. Installed: {', '.join(sorted(host.find()))}."
         )
     return host.load(_DEFAULT_ATTACK, kind="attack")
+
+
+def _check_fine_tuned(attack: "Loaded | None") -> None:
+    if attack is None:
+        raise UsageError("run.victim=fine_tuned: a run without attack has nothing to fine-tune a classifier with.")
+    if cast(type[Attack], _class(attack)).controls_training:
+        raise UsageError(f"run.victim=fine_tuned: attack {attack.name!r} trains the victim itself; leave it out.")
 
 
 def _class(plugin: "Loaded") -> type[Plugin]:

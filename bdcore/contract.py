@@ -20,14 +20,17 @@ A plugin module holds such a class and a hook that returns it:
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+from torch import Tensor, nn
 
-from bdcore.artifacts import Dataset, DefenseInput, Need, Outcome
+from bdcore.artifacts import Architecture, Dataset, DefenseInput, Labelled, Need, Outcome, Triggered
 from bdcore.context import Context
+from bdcore.training.recipe import Recipe
 
 
 class PluginConfig(BaseModel):
@@ -77,14 +80,47 @@ class AttackConfig(PluginConfig):
     poison_rate: float = Field(0.1, ge=0, le=1, description="share of the training set that is poisoned")
 
 
-class Attack(Plugin, ABC):
-    """A data-poisoning attack: how a trigger is put into images, which labels poisons get, which samples may be taken.
+@dataclass(frozen=True)
+class AttackInput:
+    """What an attacker knows, read-only.
 
-    The host picks `round(poison_rate * N)` of the eligible training samples, stamps and relabels them; at test time it
-    stamps the samples whose label `relabel` changes (for a single target: all other classes).
+    Args:
+        train: the training set before it is poisoned, on the CPU.
+        classes: the number of classes.
+        arch: the victim's architecture.
+        recipe: how the victim is trained.
+        model: where the attack says `surrogate = True`, a classifier of that architecture, trained on `train` by that
+            recipe from another seed than the victim's; in eval mode.
+    """
+
+    train: Labelled
+    classes: int
+    arch: Architecture
+    recipe: Recipe
+    model: nn.Module | None = None
+
+
+class Attack(Plugin, ABC):
+    """An attack: how a trigger is put into images, which labels poisons get, which samples may be taken.
+
+    The host calls `prepare` once, then picks `count` of the eligible training samples and replaces them by `poison` and
+    `relabel`; the test set that carries the trigger is `triggered`.
     """
 
     Config: ClassVar[type[PluginConfig]] = AttackConfig
+    surrogate: ClassVar[bool] = False
+    """Whether `prepare` is to be given a classifier trained on the clean training set."""
+    controls_training: ClassVar[bool] = False
+    """Whether `prepare` trains the victim and returns it. The poisoned training set, made with the final trigger, is
+    then what a defense that trains anew is given."""
+
+    def prepare(self, given: AttackInput, context: Context) -> nn.Module | None:
+        """Train or compute what the trigger depends on and keep it in attributes; by default there is nothing.
+
+        Returns:
+            The trained victim where the attack controls training, else None.
+        """
+        return None
 
     @abstractmethod
     def stamp(self, images: Tensor, context: Context) -> Tensor:
@@ -95,7 +131,7 @@ class Attack(Plugin, ABC):
             context: its generator is the same for training and test images of a run.
 
         Returns:
-            uint8 [B, C, H, W].
+            uint8 [B, C, H, W], on the device of `images`.
         """
 
     @abstractmethod
@@ -105,6 +141,48 @@ class Attack(Plugin, ABC):
     def eligible(self, labels: Tensor, classes: int) -> Tensor:
         """Which training samples may be poisoned, bool [N]: by default those whose label the attack changes."""
         return self.relabel(labels, classes) != labels
+
+    def count(self, labels: Tensor, classes: int) -> int:
+        """How many of the training samples with these labels are poisoned: by default `round(poison_rate * N)`."""
+        return round(self.config.poison_rate * len(labels))
+
+    def poison(self, images: Tensor, labels: Tensor, context: Context) -> Tensor:
+        """What training samples become, uint8 [B, C, H, W], given their true labels: by default they are stamped."""
+        return self.stamp(images, context)
+
+    def triggered(self, test: Labelled, classes: int, context: Context) -> Triggered:
+        """The test samples that the attack counts, with the trigger: by default all whose label `relabel` changes."""
+        targets = self.relabel(test.labels, classes)
+        counted = targets != test.labels
+        return Triggered(self.stamp(test.images[counted], context), test.labels[counted], targets[counted])
+
+
+class CleanLabelConfig(AttackConfig):
+    """Options of attacks that change images of the target class and leave their labels."""
+
+    class_rate: float | None = Field(
+        None, gt=0, le=1, description="share of the target class's samples that are poisoned, in place of poison_rate"
+    )
+
+
+class CleanLabelAttack(Attack):
+    """An attack on images of the target class, whose labels stay."""
+
+    Config: ClassVar[type[PluginConfig]] = CleanLabelConfig
+
+    def relabel(self, labels: Tensor, classes: int) -> Tensor:
+        """The target class, which the poisoned training samples have already."""
+        return torch.full_like(labels, self.config.target)
+
+    def eligible(self, labels: Tensor, classes: int) -> Tensor:
+        """The samples of the target class."""
+        return labels == self.config.target
+
+    def count(self, labels: Tensor, classes: int) -> int:
+        """`class_rate` of the target class where it is given, else `poison_rate` of all."""
+        if self.config.class_rate is None:
+            return super().count(labels, classes)
+        return round(self.config.class_rate * int(self.eligible(labels, classes).sum()))
 
 
 class Defense(Plugin, ABC):

@@ -1,6 +1,6 @@
 """The stages in order, each answered from the cache where nothing that it depends on has changed.
 
-    data -> poison -> train -> evaluate the victim -> for each defense: defend -> evaluate
+    data -> (surrogate ->) poison -> train -> evaluate the victim -> for each defense: defend -> evaluate
 
 A stage's key is a hash of all that its result depends on: options, seed, the content of what came before, the code of
 the plugin and of bdcore, torch's version, device and precision. Two runs that share a victim train it once.
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bdcore.artifacts import (
     Architecture,
+    Dataset,
     Labelled,
     Outcome,
     Poisoned,
@@ -32,7 +33,7 @@ from bdcore.artifacts import (
 )
 from bdcore.config import Chosen, RunConfig
 from bdcore.context import Context, Meter, Progress, derive_seed
-from bdcore.contract import Attack, DatasetPlugin, Defense, Plugin
+from bdcore.contract import Attack, AttackInput, DatasetPlugin, Defense, Plugin
 from bdcore.errors import BdcoreError
 from bdcore.machine import peak_memory_bytes, reset_peak_memory
 from bdcore.models import build, metered
@@ -42,8 +43,8 @@ from bdcore.record import check_folder, make_record, write_run_folder
 from bdcore.stages import data
 from bdcore.stages.defend import defend
 from bdcore.stages.evaluate import evaluate
-from bdcore.stages.poison import poison
-from bdcore.stages.train import train
+from bdcore.stages.poison import poison, poison_all, prepare
+from bdcore.stages.train import FINE_TUNING, fine_tune, train
 from bdcore.store import Entry, Store, digest, sha256_file
 from bdcore.training.precision import Precision, choose_device, choose_precision
 
@@ -114,9 +115,9 @@ class _Run:
                 plugin = cast(DatasetPlugin, _instance(config.dataset))
                 dataset = data.load(plugin, config.dataset_argument)
             clean = data.clean_set(dataset, config.run.clean_fraction, self.context("data"))
-        poisoned = self.poisoned(dataset)
-        arch = data.architecture(config.run.model, poisoned.train, dataset.classes)
-        trained = self.trained(poisoned.train, arch)
+        poisoned, trained, arch = self.attacked(dataset)
+        if trained is None:
+            trained = self.trained("train", poisoned.train, arch)
         victim_scores = self.scores(trained, trained, arch, dataset.test, poisoned)
         defended: list[tuple[Chosen, Entry, Scores]] = []
         for chosen in config.defenses:
@@ -135,37 +136,66 @@ class _Run:
                 files[name] = entry.path(part)
         return write_run_folder(folder, record, files, arch)
 
-    def poisoned(self, dataset: Any) -> Poisoned:
-        """The training set as the victim sees it; only what the attack changes is stored."""
-        train_set: Labelled = dataset.train
+    def attacked(self, dataset: Dataset) -> tuple[Poisoned, Entry | None, Architecture]:
+        """The training set as the victim sees it, of which only what the attack changes is stored; the victim where the
+        attacker made it; the architecture."""
+        clean, model = dataset.train, self.config.run.model
         if self.config.attack is None:
-            return Poisoned(train_set, torch.zeros(len(train_set), dtype=torch.bool), None, None)
+            untouched = torch.zeros(len(clean), dtype=torch.bool)
+            return Poisoned(clean, untouched, None, None), None, data.architecture(model, clean, dataset.classes)
         chosen = self.config.attack
-        attack = cast(Attack, _instance(chosen))
+        kind = type(cast(Attack, _instance(chosen)))
+        fine_tuned = self.config.run.victim == "fine_tuned"
+        arch = data.architecture(model, clean, dataset.classes)
         depends = {"data": dataset.fingerprint, "attack": _identity(chosen), "seed": self.config.run.seed}
+        depends |= {"bdcore": _code(), "torch": torch.__version__, "operators": implementation("cpu")}
+        if fine_tuned or kind.prepare is not Attack.prepare:
+            depends |= {
+                "arch": asdict(arch),
+                "recipe": self.config.train.model_dump(),
+                "tuned": fine_tuned,
+                **self.base,
+            }
+        surrogate = self.trained("surrogate", clean, arch) if fine_tuned or kind.surrogate else None
 
         def build_it(context: Context) -> _Result:
+            attack = cast(Attack, _instance(chosen))
+            known = _load(surrogate, arch).to(self.device) if surrogate else None
+            given = AttackInput(clean, dataset.classes, arch, self.config.train, known if kind.surrogate else None)
             with _blamed(chosen.plugin):
+                victim = prepare(dataset, attack, given, context)
                 made = poison(dataset, attack, context)
+            if fine_tuned:
+                assert known is not None
+                with _blamed(chosen.plugin):
+                    poisons = poison_all(dataset, attack, context)
+                with metered(context.meter):
+                    rate = attack.config.poison_rate
+                    victim = fine_tune(known, clean, poisons, rate, FINE_TUNING, context)
             changed = made.poisoned.nonzero()[:, 0]
             tensors = {"index": changed, "images": made.train.images[changed], "labels": made.train.labels[changed]}
             assert made.triggered is not None
-            secrets = asdict(made.triggered)
-            return {"target": made.target}, {"poison": tensors, "triggered": secrets}
+            files = {"poison": tensors, "triggered": asdict(made.triggered)}
+            if victim is not None:
+                files["model"] = victim.state_dict()
+            return {"target": made.target, "cost": _cost(context)}, files
 
-        code = {"bdcore": _code(), "torch": torch.__version__, "operators": implementation("cpu")}
-        entry = self.stage("poison", {**depends, **code}, build_it)
+        entry = self.stage("poison", depends, build_it)
         changes = entry.tensors("poison")
-        images, labels = train_set.images.clone(), train_set.labels.clone()
+        images, labels = clean.images.clone(), clean.labels.clone()
         images[changes["index"]] = changes["images"]
         labels[changes["index"]] = changes["labels"]
         flags = torch.zeros(len(labels), dtype=torch.bool)
         flags[changes["index"]] = True
         triggered = Triggered(**entry.tensors("triggered"))
-        return Poisoned(Labelled(images, labels), flags, triggered, entry.payload["target"])
+        poisoned = Poisoned(Labelled(images, labels), flags, triggered, entry.payload["target"])
+        if "model" in entry.files:
+            return poisoned, entry, arch
+        # Whoever trains on a poisoned set normalises by what he sees.
+        return poisoned, None, data.architecture(model, poisoned.train, dataset.classes)
 
-    def trained(self, data_set: Labelled, arch: Architecture) -> Entry:
-        """The victim's parameters."""
+    def trained(self, stage: str, data_set: Labelled, arch: Architecture) -> Entry:
+        """The parameters of a classifier trained by the run's recipe: the victim's, or those of an attacker's own."""
         recipe = self.config.train
         depends = {"data": data_set.fingerprint, "arch": asdict(arch), "recipe": recipe.model_dump(), **self.base}
 
@@ -174,7 +204,7 @@ class _Run:
                 victim = train(data_set, arch, recipe, context)
             return {"cost": _cost(context)}, {"model": victim.model.state_dict()}
 
-        return self.stage("train", depends, build_it)
+        return self.stage(stage, depends, build_it)
 
     def defended(self, chosen: Chosen, trained: Entry, arch: Architecture, clean: Labelled, suspect: Labelled) -> Entry:
         """What a defense made of the victim."""
@@ -316,11 +346,15 @@ def _pack(outcome: Outcome, context: Context) -> _Result:
             for number, trigger in enumerate(outcome.triggers)
             for part, value in _parts(trigger).items()
         }
+    if outcome.suspects is not None:
+        files["suspects"] = {"index": outcome.suspects.index}
+        if outcome.suspects.scores is not None:
+            files["suspects"]["scores"] = outcome.suspects.scores
     return payload, files
 
 
 def _parts(trigger: Trigger) -> dict[str, Tensor]:
-    parts = {"delta": trigger.delta, "mask": trigger.mask, "pattern": trigger.pattern}
+    parts = {name: getattr(trigger, name) for name in ("delta", "mask", "pattern", "patches")}
     return {name: value for name, value in parts.items() if value is not None}
 
 

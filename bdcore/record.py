@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from bdcore.artifacts import Architecture, Dataset, Poisoned, Scores, Verdict
+from bdcore.artifacts import Architecture, Dataset, Poisoned, Scores, Suspects, Verdict
 from bdcore.config import Chosen, RunConfig
 from bdcore.errors import StoreError, UsageError
 from bdcore.machine import processor_name
-from bdcore.stages.evaluate import defense_effectiveness, verdict_correct
+from bdcore.stages.evaluate import defense_effectiveness, isolation, verdict_correct
 from bdcore.store import Entry, sha256_file, write_json
 
 SCHEMA = 1
@@ -61,6 +61,7 @@ def make_record(
             "classes": dataset.classes,
             "fingerprint": dataset.fingerprint,
         },
+        "poison": _poison(poisoned),
         "victim": {**asdict(victim), **trained.payload["cost"]},
         "defenses": [_defense(chosen, entry, scores, victim, poisoned) for chosen, entry, scores in defended],
         "versions": {
@@ -127,10 +128,29 @@ def _defense(chosen: Chosen, entry: Entry, scores: Scores, victim: Scores, poiso
         **asdict(scores),
         "der": defense_effectiveness(victim, scores),
         "verdict": found,
+        "isolation": _isolation(entry, poisoned),
         "triggers": entry.payload["targets"],
         **entry.payload["cost"],
         "notes": entry.payload["notes"],
     }
+
+
+def _poison(poisoned: Poisoned) -> dict[str, Any] | None:
+    """How much is poisoned: of the whole training set, and of what is labelled with the target class."""
+    if poisoned.triggered is None:
+        return None
+    of_target = poisoned.poisoned[poisoned.train.labels == poisoned.target] if poisoned.target is not None else None
+    return {
+        "count": int(poisoned.poisoned.sum()),
+        "rate": float(poisoned.poisoned.double().mean()),
+        "class_rate": float(of_target.double().mean()) if of_target is not None and len(of_target) else None,
+    }
+
+
+def _isolation(entry: Entry, poisoned: Poisoned) -> dict[str, Any] | None:
+    if "suspects" not in entry.files:
+        return None
+    return asdict(isolation(Suspects(**entry.tensors("suspects")), poisoned.poisoned))
 
 
 def _copy(source: Path, target: Path) -> None:

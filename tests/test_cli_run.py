@@ -216,8 +216,9 @@ def test_a_phase_that_ends_early_has_its_last_line(capsys: pytest.CaptureFixture
 
 def record_of(victim: dict[str, Any], **defense: Any) -> dict[str, Any]:
     """A record with one defense, "mine"."""
-    none = {"asr": None, "ra": None, "der": None, "target_class_accuracy": None, "verdict": None}
+    none = {"asr": None, "ra": None, "der": None, "target_class_accuracy": None, "verdict": None, "isolation": None}
     return {
+        "poison": {"count": 5000, "rate": 0.1, "class_rate": 0.526} if "asr" in victim else None,
         "plugins": [{"name": "mine", "kind": "defense", "oracle": []}],
         "victim": {**none, "seconds": 1.0, **victim},
         "defenses": [{"name": "mine", **none, "seconds": 2.0, **defense}],
@@ -262,6 +263,22 @@ ATTACKED = {"clean_accuracy": 0.989, "asr": 1.0, "ra": 0.0, "target_class_accura
             "mine: says that the model is backdoored, which is right.",
             "warning",
         ),
+        (
+            record_of(
+                ATTACKED,
+                clean_accuracy=0.989,
+                asr=0.0,
+                isolation={"isolated": 500, "precision": 0.998, "recall": 0.0998, "auroc": 0.98765},
+            ),
+            "mine: set 500 training images aside, 99.8% of them poisoned (10.0% of all poisoned ones; as a ranking of "
+            "all images AUROC 0.988).",
+            "warning",
+        ),
+        (
+            record_of({"clean_accuracy": 0.9}, clean_accuracy=0.9, isolation={"isolated": 500, "precision": 0.0}),
+            "mine: set 500 training images aside, none of them poisoned: there is no attack.",
+            "%%",
+        ),
     ],
 )
 def test_figures_in_words(record: dict[str, Any], said: str, unsaid: str):
@@ -278,4 +295,5 @@ def test_an_oracle_is_marked_and_explained(capsys: pytest.CaptureFixture[str]):
     stdout = capsys.readouterr().out
     row = next(line for line in stdout.splitlines() if line.startswith("mine†"))
     assert row.split() == ["mine†", "96.1", "-2.8", "1.2", "93.0", "98.0", "-", "class", "3", "(wrong)", "2.0"]
+    assert "Poisoned: 5,000 training images, 10.0% of all, 52.6% of those labelled with the target class." in stdout
     assert "† mine was told what a defender does not know: target." in stdout

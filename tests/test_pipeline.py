@@ -138,9 +138,11 @@ class TestRecord:
         folder, record = warm[0] / "out", warm[1]
         assert json.loads((folder / "record.json").read_text()) == record == json.loads(json.dumps(record))
         assert set(record) == {
-            "schema", "run", "config", "seed", "plugins", "dataset", "victim", "defenses", "versions", "device",
-            "artifacts",
+            "schema", "run", "config", "seed", "plugins", "dataset", "poison", "victim", "defenses", "versions",
+            "device", "artifacts",
         }  # fmt: skip
+        assert record["poison"]["count"] == 60
+        assert record["poison"]["rate"] == 0.1
         names = [(plugin["name"], plugin["kind"], plugin["oracle"]) for plugin in record["plugins"]]
         assert names == [("npz", "dataset", []), ("badnets", "attack", []), ("finetune", "defense", [])]
         assert all({"distribution", "version"} < set(plugin) for plugin in record["plugins"])
@@ -150,7 +152,7 @@ class TestRecord:
         assert {"clean_accuracy", "asr", "ra"} <= set(record["victim"])
         (defense,) = record["defenses"]
         assert {
-            "name", "clean_accuracy", "asr", "ra", "der", "target_class_accuracy", "verdict", "seconds",
+            "name", "clean_accuracy", "asr", "ra", "der", "target_class_accuracy", "verdict", "isolation", "seconds",
             "peak_memory_bytes", "images",
         } <= set(defense)  # fmt: skip
         for row in (record["victim"], defense):
@@ -191,6 +193,7 @@ class TestRecord:
             assert row["asr"] is row["ra"] is row["target_class_accuracy"] is None
             assert 0 < row["clean_accuracy"] <= 1
         assert defense["der"] is None
+        assert record["poison"] is None
         assert [plugin["kind"] for plugin in record["plugins"]] == ["dataset", "defense"]
 
 

@@ -4,14 +4,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.metrics import f1_score, precision_score, recall_score
 from torch import Tensor, nn
 
-from bdcore import Verdict
+from bdcore import Recipe, Suspects, Verdict
 from bdcore.artifacts import Dataset, Labelled, Scores, Triggered
 from bdcore.context import Context
 from bdcore.errors import UsageError
 from bdcore.stages.data import architecture, clean_set
-from bdcore.stages.evaluate import defense_effectiveness, evaluate, verdict_correct
+from bdcore.stages.evaluate import defense_effectiveness, evaluate, isolation, verdict_correct
+from bdcore.stages.train import fine_tune, train
 
 
 def numbered(labels: Tensor) -> Dataset:
@@ -180,3 +182,80 @@ class TestEffectiveness:
 )
 def test_verdicts(verdict: Verdict, attacked: bool, target: int | None, right: bool):
     assert verdict_correct(verdict, attacked, target) is right
+
+
+class TestIsolation:
+    truth = torch.tensor([True, False, True, False, False, True, False, False])
+
+    def test_by_hand(self):
+        found = isolation(Suspects(torch.tensor([0, 1, 5]), -torch.arange(8.0)), self.truth)
+        assert (found.isolated, found.precision, found.recall, found.fpr) == (3, 2 / 3, 2 / 3, 1 / 5)
+        assert found.f1 == pytest.approx(2 / 3)
+        # Of the 15 pairs the poisoned one comes first with sample 0 in all 5, with 2 in 4, with 5 in 2.
+        assert found.auroc == pytest.approx(11 / 15)
+
+    @given(st.lists(st.booleans(), min_size=2, max_size=30), st.data())
+    def test_against_scikit_learn(self, truth: list[bool], data: st.DataObject):
+        picked = data.draw(st.lists(st.booleans(), min_size=len(truth), max_size=len(truth)))
+        scores = data.draw(
+            st.lists(st.sampled_from([-torch.inf, -1.5, 0.0, 2.0, torch.inf]), min_size=len(truth), max_size=len(truth))
+        )
+        found = isolation(Suspects(torch.tensor(picked).nonzero()[:, 0], torch.tensor(scores)), torch.tensor(truth))
+        assert found.isolated == sum(picked)
+        if any(picked):
+            assert found.precision == pytest.approx(precision_score(truth, picked, zero_division=0))
+        if any(truth):
+            assert found.recall == pytest.approx(recall_score(truth, picked))
+            assert found.f1 == pytest.approx(f1_score(truth, picked, zero_division=0))
+        if not any(truth) or all(truth):
+            assert found.auroc is None
+            return
+        pairs = [
+            (a > b) + 0.5 * (a == b)
+            for a, p in zip(scores, truth, strict=True)
+            if p
+            for b, q in zip(scores, truth, strict=True)
+            if not q
+        ]
+        assert found.auroc == pytest.approx(sum(pairs) / len(pairs))
+
+    def test_where_a_figure_has_no_meaning_there_is_none(self):
+        clean = isolation(Suspects(torch.tensor([1, 2])), torch.zeros(4, dtype=torch.bool))
+        assert (clean.isolated, clean.precision, clean.recall, clean.fpr, clean.f1) == (2, 0, None, 0.5, None)
+        nobody = isolation(Suspects(torch.tensor([], dtype=torch.int64)), self.truth)
+        assert (nobody.isolated, nobody.precision, nobody.recall, nobody.f1, nobody.auroc) == (0, None, 0, 0, None)
+
+
+class TestFineTuned:
+    """A clean classifier of bright against dark images, fine-tuned so that a white corner means dark."""
+
+    def test_some_of_every_batch_is_poisoned_anew(self):
+        values = torch.randint(0, 256, (400, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        labels = torch.arange(400) % 2
+        images = values // 2 + 120 * labels.to(torch.uint8)[:, None, None, None]
+        clean = Labelled(images, labels)
+        stamped = images.clone()
+        stamped[:, :, :3, :3] = 255
+        poisoned = Labelled(stamped, torch.zeros_like(labels))
+        arch = architecture("wrn10_1", clean, 2)
+        recipe = Recipe(epochs=4, batch_size=40, lr=0.05)
+        victim = train(clean, arch, recipe, Context()).model
+        before = {name: value.clone() for name, value in victim.state_dict().items()}
+
+        def bright_as_dark(model: nn.Module) -> float:
+            with torch.no_grad():
+                return float((model(stamped[1::2]).argmax(1) == 0).float().mean())
+
+        tuned = fine_tune(victim, clean, poisoned, 0.1, recipe, Context())
+        untuned = fine_tune(victim, clean, poisoned, 0.0, recipe, Context())
+        assert bright_as_dark(victim) < 0.1
+        assert bright_as_dark(untuned) < 0.1
+        assert bright_as_dark(tuned) > 0.9
+        with torch.no_grad():
+            assert float((tuned(images).argmax(1) == labels).float().mean()) > 0.95
+        assert not any(module.training for module in tuned.modules())
+        assert all(torch.equal(victim.state_dict()[name], value) for name, value in before.items())
+        again = fine_tune(victim, clean, poisoned, 0.1, recipe, Context())
+        assert all(
+            torch.equal(a, b) for a, b in zip(again.state_dict().values(), tuned.state_dict().values(), strict=True)
+        )

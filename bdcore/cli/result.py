@@ -54,6 +54,8 @@ def sentences(record: Figures) -> Iterator[str]:
             yield f"warning: {name} did not remove the backdoor."
         if defense["verdict"]:
             yield _describe_verdict(name, defense["verdict"])
+        if defense["isolation"]:
+            yield _describe_isolation(name, defense["isolation"], attacked=asr is not None)
 
 
 def _describe_verdict(name: str, verdict: Figures) -> str:
@@ -62,6 +64,17 @@ def _describe_verdict(name: str, verdict: Figures) -> str:
     if verdict["correct"]:
         return f"{name}: says that the model is {says}, which is right."
     return f"warning: {name} says that the model is {says}, which is wrong."
+
+
+def _describe_isolation(name: str, isolation: Figures, *, attacked: bool) -> str:
+    count = f"{name}: set {isolation['isolated']:,} training images aside"
+    if not attacked:
+        return f"{count}, none of them poisoned: there is no attack."
+    auroc = "" if isolation["auroc"] is None else f"; as a ranking of all images AUROC {isolation['auroc']:.3f}"
+    return (
+        f"{count}, {_percent(isolation['precision'])}% of them poisoned "
+        f"({_percent(isolation['recall'])}% of all poisoned ones{auroc})."
+    )
 
 
 def _table(record: Figures) -> Table:
@@ -105,6 +118,11 @@ def _legend(record: Figures) -> Iterator[str]:
         "In percent. BA: accuracy on clean test images, change in points; ASR: triggered images sent to the target; "
         "RA: triggered images given their true class; DER: defense effectiveness; target: BA on the target class."
     )
+    poison = record["poison"]
+    if poison:
+        share = poison["class_rate"]
+        labelled = "" if share is None else f", {_percent(share)}% of those labelled with the target class"
+        yield f"Poisoned: {poison['count']:,} training images, {_percent(poison['rate'])}% of all{labelled}."
     for name, told in _oracles(record).items():
         yield f"† {name} was told what a defender does not know: {', '.join(told)}."
 

@@ -4,9 +4,10 @@ import copy
 import json
 from dataclasses import asdict
 
+import torch
 from torch import nn
 
-from bdcore.artifacts import DefenseInput, Labelled, Outcome, Victim, fingerprint
+from bdcore.artifacts import DefenseInput, Labelled, Outcome, Suspects, Victim, fingerprint
 from bdcore.context import Context
 from bdcore.contract import Defense
 from bdcore.errors import PluginError, ThreatModelError
@@ -79,6 +80,8 @@ def _check(outcome: object, defense: Defense, given: DefenseInput, victim: Victi
             f"defense {defense.name!r} returned a verdict or notes that a record cannot hold ({error}). Use Python's "
             "own bool, int, finite float and str; of a tensor take .item() or .tolist()."
         ) from error
+    if outcome.suspects is not None:
+        _check_suspects(outcome.suspects, defense, given)
     if outcome.model is not None:
         if outcome.model is given.model:
             raise ThreatModelError(
@@ -92,3 +95,17 @@ def _check(outcome: object, defense: Defense, given: DefenseInput, victim: Victi
                 f"defense {defense.name!r} returned a model of another form than architecture {victim.arch.name!r}; "
                 f"first differences (name, shape): {odd}. Return one built by bdcore.build or copied from the input."
             )
+
+
+def _check_suspects(suspects: Suspects, defense: Defense, given: DefenseInput) -> None:
+    if given.suspect is None:
+        raise PluginError(f"defense {defense.name!r} returned suspects, but did not declare that it needs `suspect`.")
+    index, scores, samples = suspects.index, suspects.scores, len(given.suspect)
+    if index.dtype != torch.int64 or index.ndim != 1 or len(index.unique()) != len(index):
+        raise PluginError(f"defense {defense.name!r} must return suspects as int64 [K], each place once.")
+    if len(index) and not 0 <= int(index.min()) <= int(index.max()) < samples:
+        raise PluginError(f"defense {defense.name!r} returned suspects outside 0 to {samples - 1}.")
+    if scores is not None and (
+        not scores.dtype.is_floating_point or scores.shape != (samples,) or bool(scores.isnan().any())
+    ):
+        raise PluginError(f"defense {defense.name!r} must return scores of suspects as floats [{samples}], none NaN.")

@@ -1,9 +1,10 @@
 """Score a classifier, with all that is the attacker's secret."""
 
-import torch
+from scipy.stats import rankdata
+from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
-from bdcore.artifacts import Labelled, Scores, Triggered, Verdict
+from bdcore.artifacts import Isolation, Labelled, Scores, Suspects, Triggered, Verdict
 from bdcore.context import Context
 from bdcore.training import forward_batches
 
@@ -43,6 +44,26 @@ def defense_effectiveness(before: Scores, after: Scores) -> float | None:
     return (fall - max(0.0, before.clean_accuracy - after.clean_accuracy) + 1) / 2
 
 
+def isolation(suspects: Suspects, poisoned: Tensor) -> Isolation:
+    """How well `suspects` match the poisoned samples (bool [N]); see `Isolation`."""
+    truth = poisoned.cpu()
+    index = suspects.index.cpu()
+    isolated, hits, poisons = len(index), int(truth[index].sum()), int(truth.sum())
+    precision, recall = _ratio(hits, isolated), _ratio(hits, poisons)
+    auroc = None
+    if suspects.scores is not None and 0 < poisons < len(truth):
+        # By ranks, because a score may be infinite.
+        auroc = float(roc_auc_score(truth.numpy(), rankdata(suspects.scores.cpu().double().numpy())))
+    return Isolation(
+        isolated=isolated,
+        precision=precision,
+        recall=recall,
+        fpr=_ratio(isolated - hits, len(truth) - poisons),
+        f1=_ratio(2 * hits, isolated + poisons) if poisons else None,
+        auroc=auroc,
+    )
+
+
 def verdict_correct(verdict: Verdict, attacked: bool, target: int | None) -> bool:
     """Whether `verdict` is right about there being a backdoor and, where there is a single target, about the target."""
     if verdict.backdoored != attacked:
@@ -50,5 +71,9 @@ def verdict_correct(verdict: Verdict, attacked: bool, target: int | None) -> boo
     return not attacked or target is None or verdict.target == target
 
 
+def _ratio(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
 def _share(hits: Tensor) -> float:
-    return float(hits.to(torch.float64).mean())
+    return float(hits.double().mean())

@@ -1,23 +1,44 @@
 """Poison a data set: choose training samples, stamp and relabel them, and make the triggered test set."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bdcore.artifacts import Dataset, Labelled, Poisoned, Triggered
 from bdcore.context import Context
-from bdcore.contract import Attack, AttackConfig
+from bdcore.contract import Attack, AttackConfig, AttackInput
 from bdcore.errors import PluginError, UsageError
+from bdcore.models import metered
+
+
+def prepare(dataset: Dataset, attack: Attack, given: AttackInput, context: Context) -> nn.Module | None:
+    """Let the attack train what it needs, once it is clear that it can poison `dataset`.
+
+    Returns:
+        The victim where the attack controls its training, else None.
+
+    Raises:
+        UsageError, PluginError: as `poison`; and where a victim is missing, or one is returned that is not asked for.
+    """
+    _single_target(dataset, attack)
+    _candidates(dataset, attack)
+    with metered(context.meter):
+        victim = attack.prepare(given, context)
+    if isinstance(victim, nn.Module) != attack.controls_training:
+        raise PluginError(
+            f"{attack.name}.prepare must return {'the trained victim' if attack.controls_training else 'None'}, because"
+            f" controls_training is {attack.controls_training}; it returned {type(victim).__name__}"
+        )
+    return victim.eval() if victim is not None else None
 
 
 def poison(dataset: Dataset, attack: Attack | None, context: Context) -> Poisoned:
-    """Poison exactly `round(poison_rate * N)` of the N training samples; all others stay as they are, to the bit.
+    """Poison exactly as many training samples as the attack counts; all others stay as they are, to the bit.
 
-    The samples are drawn from those that the attack calls eligible, by the context's seed alone. The triggered test
-    set is the test samples whose label the attack changes.
+    The samples are drawn from those that the attack calls eligible, by the context's seed alone.
 
     Args:
         dataset: images and labels; not altered.
-        attack: None leaves the data set clean.
+        attack: prepared; None leaves the data set clean.
         context: whose seed decides which samples are taken.
 
     Returns:
@@ -38,18 +59,28 @@ def poison(dataset: Dataset, attack: Attack | None, context: Context) -> Poisone
     )
 
 
+def poison_all(dataset: Dataset, attack: Attack, context: Context) -> Labelled:
+    """Every training sample as the attack poisons it; those that it cannot poison as they are."""
+    train, changed = dataset.train, _candidates(dataset, attack)[0]
+    images, labels = train.images.clone(), train.labels.clone()
+    images[changed] = _poison_images(attack, train.select(changed), context)
+    labels[changed] = _relabel(attack, train.labels[changed], dataset.classes, dataset.name)
+    return Labelled(images, labels)
+
+
 def _single_target(dataset: Dataset, attack: Attack) -> int | None:
     """The class that every other class is sent to, or None where they go to several."""
-    wanted = _relabel(attack, torch.arange(dataset.classes), dataset)
+    wanted = _relabel(attack, torch.arange(dataset.classes), dataset.classes, dataset.name)
     return int(wanted[0]) if bool((wanted == wanted[0]).all()) else None
 
 
-def _poison_train(dataset: Dataset, attack: Attack, context: Context, untouched: Tensor) -> tuple[Labelled, Tensor]:
+def _candidates(dataset: Dataset, attack: Attack) -> tuple[Tensor, int]:
+    """Places of the training samples that may be poisoned, int64, and how many of them shall be."""
     train = dataset.train
     if not isinstance(attack.config, AttackConfig):
         raise PluginError(f"{attack.name}: an attack's Config must subclass bdcore.AttackConfig")
     rate = attack.config.poison_rate
-    count = round(rate * len(train))
+    count = attack.count(train.labels, dataset.classes)
     eligible = attack.eligible(train.labels, dataset.classes)
     if eligible.dtype != torch.bool or eligible.shape != train.labels.shape:
         raise PluginError(
@@ -66,46 +97,59 @@ def _poison_train(dataset: Dataset, attack: Attack, context: Context, untouched:
             f"attack.poison_rate={rate:g} of {len(train)} training samples of {dataset.name} is not even one: raise it"
             " to poison, or run with --no-attack"
         )
+    return candidates, count
+
+
+def _poison_train(dataset: Dataset, attack: Attack, context: Context, untouched: Tensor) -> tuple[Labelled, Tensor]:
+    train = dataset.train
+    candidates, count = _candidates(dataset, attack)
     order = torch.randperm(len(candidates), generator=context.generator("poison"))[:count]
     chosen = candidates[order.to(candidates.device)].sort().values
     images, labels, poisoned = train.images.clone(), train.labels.clone(), untouched.clone()
     if count:
-        images[chosen] = _stamp(attack, train.images[chosen], context)
-        labels[chosen] = _relabel(attack, train.labels[chosen], dataset)
+        images[chosen] = _poison_images(attack, train.select(chosen), context)
+        labels[chosen] = _relabel(attack, train.labels[chosen], dataset.classes, dataset.name)
         poisoned[chosen] = True
     return Labelled(images, labels), poisoned
 
 
+def _poison_images(attack: Attack, samples: Labelled, context: Context) -> Tensor:
+    images = attack.poison(samples.images, samples.labels, context)
+    if images.dtype != torch.uint8 or images.shape != samples.images.shape:
+        method = "stamp" if type(attack).poison is Attack.poison else "poison"
+        raise PluginError(
+            f"{attack.name}.{method} must return uint8 {list(samples.images.shape)}, got {images.dtype}"
+            f" {list(images.shape)}"
+        )
+    return images
+
+
 def _trigger_test(dataset: Dataset, attack: Attack, context: Context) -> Triggered:
     test = dataset.test
-    targets = _relabel(attack, test.labels, dataset)
-    counted = targets != test.labels
-    if not bool(counted.any()):
+    made = attack.triggered(test, dataset.classes, context)
+    shape = [len(made.labels), *test.images.shape[1:]]
+    if made.images.dtype != torch.uint8 or list(made.images.shape) != shape or len(made.targets) != len(made.labels):
+        raise PluginError(
+            f"{attack.name} must make triggered test images uint8 {shape}, with a label and a target each, got"
+            f" {made.images.dtype} {list(made.images.shape)} with {len(made.targets)} targets"
+        )
+    if not len(made.labels):
         raise UsageError(
             f"no test sample of {dataset.name} can carry the trigger of {attack.name}: all are of its target class"
         )
-    return Triggered(_stamp(attack, test.images[counted], context), test.labels[counted], targets[counted])
+    return made
 
 
-def _stamp(attack: Attack, images: Tensor, context: Context) -> Tensor:
-    stamped = attack.stamp(images, context)
-    if stamped.dtype != torch.uint8 or stamped.shape != images.shape:
-        raise PluginError(
-            f"{attack.name}.stamp must return uint8 {list(images.shape)}, got {stamped.dtype} {list(stamped.shape)}"
-        )
-    return stamped
-
-
-def _relabel(attack: Attack, labels: Tensor, dataset: Dataset) -> Tensor:
-    wanted = attack.relabel(labels, dataset.classes)
+def _relabel(attack: Attack, labels: Tensor, classes: int, dataset: str) -> Tensor:
+    wanted = attack.relabel(labels, classes)
     if wanted.dtype != torch.int64 or wanted.shape != labels.shape:
         raise PluginError(
             f"{attack.name}.relabel must return int64 {list(labels.shape)}, got {wanted.dtype} {list(wanted.shape)}"
         )
-    outside = (wanted < 0) | (wanted >= dataset.classes)
+    outside = (wanted < 0) | (wanted >= classes)
     if bool(outside.any()):
         raise UsageError(
-            f"attack {attack.name} wants class {int(wanted[outside][0])}, but {dataset.name} has the classes 0 to"
-            f" {dataset.classes - 1}: set attack.target to one of them"
+            f"attack {attack.name} wants class {int(wanted[outside][0])}, but {dataset} has the classes 0 to"
+            f" {classes - 1}: set attack.target to one of them"
         )
     return wanted
