@@ -91,11 +91,18 @@ class Triggered:
         images: uint8 [M, C, H, W].
         labels: int64 [M], the true classes.
         targets: int64 [M], the classes that the attacker wants.
+        source: int64 [M], places in the test set of the images that they were made of, where there is one each.
     """
 
     images: Tensor
     labels: Tensor
     targets: Tensor
+    source: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is there, by name."""
+        found = {name: getattr(self, name) for name in ("images", "labels", "targets", "source")}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 @dataclass(frozen=True)

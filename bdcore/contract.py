@@ -153,8 +153,9 @@ class Attack(Plugin, ABC):
     def triggered(self, test: Labelled, classes: int, context: Context) -> Triggered:
         """The test samples that the attack counts, with the trigger: by default all whose label `relabel` changes."""
         targets = self.relabel(test.labels, classes)
-        counted = targets != test.labels
-        return Triggered(self.stamp(test.images[counted], context), test.labels[counted], targets[counted])
+        counted = (targets != test.labels).nonzero()[:, 0]
+        images = self.stamp(test.images[counted], context)
+        return Triggered(images, test.labels[counted], targets[counted], counted)
 
 
 class CleanLabelConfig(AttackConfig):

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from PIL import Image
 from torch import Tensor
 
+from bdcore.analysis.pictures import contact_sheet, trigger_picture
 from bdcore.artifacts import (
     Architecture,
     Dataset,
@@ -134,7 +136,7 @@ class _Run:
             for part in entry.files:
                 name = chosen.plugin.name if part == "model" else f"{chosen.plugin.name}-{part}"
                 files[name] = entry.path(part)
-        return write_run_folder(folder, record, files, arch)
+        return write_run_folder(folder, record, files, arch, _pictures(dataset.test, poisoned, defended))
 
     def attacked(self, dataset: Dataset) -> tuple[Poisoned, Entry | None, Architecture]:
         """The training set as the victim sees it, of which only what the attack changes is stored; the victim where the
@@ -175,7 +177,7 @@ class _Run:
             changed = made.poisoned.nonzero()[:, 0]
             tensors = {"index": changed, "images": made.train.images[changed], "labels": made.train.labels[changed]}
             assert made.triggered is not None
-            files = {"poison": tensors, "triggered": asdict(made.triggered)}
+            files = {"poison": tensors, "triggered": made.triggered.tensors()}
             if victim is not None:
                 files["model"] = victim.state_dict()
             return {"target": made.target, "cost": _cost(context)}, files
@@ -235,7 +237,7 @@ class _Run:
             "model": entry.sha256("model"),
             "arch": asdict(arch),
             "test": test.fingerprint,
-            "triggered": fingerprint(asdict(triggered)) if triggered else None,
+            "triggered": fingerprint(triggered.tensors()) if triggered else None,
             "target": poisoned.target,
             **{name: self.base[name] for name in ("bdcore", "torch", "device", "operators")},
         }
@@ -364,6 +366,23 @@ def _cost(context: Context) -> dict[str, float | int]:
         "peak_memory_bytes": peak_memory_bytes(context.device),
         "images": context.meter.images,
     }
+
+
+def _pictures(
+    test: Labelled, poisoned: Poisoned, defended: list[tuple[Chosen, Entry, Scores]]
+) -> dict[str, Image.Image]:
+    """What the trigger does to the first test images, and the triggers that defenses recovered."""
+    pictures: dict[str, Image.Image] = {}
+    triggered = poisoned.triggered
+    if triggered is not None and triggered.source is not None:
+        pictures["attack"] = contact_sheet(test.images[triggered.source[:8]], triggered.images[:8])
+    for chosen, entry, _ in defended:
+        if "triggers" in entry.files:
+            found = entry.tensors("triggers")
+            for number, target in enumerate(entry.payload["targets"]):
+                parts = {name.split(".")[1]: value for name, value in found.items() if name.startswith(f"{number}.")}
+                pictures[f"{chosen.plugin.name}-class{target}"] = trigger_picture(Trigger(target, **parts))
+    return pictures
 
 
 @contextmanager

@@ -8,17 +8,19 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from bdcore.artifacts import Architecture, Dataset, Poisoned, Scores, Suspects, Verdict
 from bdcore.config import Chosen, RunConfig
 from bdcore.errors import StoreError, UsageError
 from bdcore.machine import processor_name
 from bdcore.stages.evaluate import defense_effectiveness, isolation, verdict_correct
-from bdcore.store import Entry, sha256_file, write_json
+from bdcore.store import Entry, sha256_file, write_bytes, write_json
 
 SCHEMA = 1
 
@@ -98,12 +100,17 @@ def check_folder(folder: Path, config: RunConfig) -> None:
 
 
 def write_run_folder(
-    folder: Path, record: Mapping[str, Any], files: Mapping[str, Path], arch: Architecture
+    folder: Path,
+    record: Mapping[str, Any],
+    files: Mapping[str, Path],
+    arch: Architecture,
+    pictures: Mapping[str, Image.Image],
 ) -> dict[str, Any]:
-    """Write models and triggers as NAME.safetensors, each model's form as NAME.json, and last the record.
+    """Write models, triggers and suspects as NAME.safetensors, each model's form as NAME.json, pictures as
+    NAME.png, and last the record.
 
     Returns:
-        The record with its artifacts, paths relative to the folder.
+        The record with its artifacts and figures, paths relative to the folder.
     """
     artifacts: dict[str, dict[str, str]] = {}
     for name, source in files.items():
@@ -113,7 +120,13 @@ def write_run_folder(
         if source.stem == "model":
             manifest = {"format": "safetensors", "arch": asdict(arch), **artifacts[name], "run": record["run"]["id"]}
             write_json(folder / f"{name}.json", manifest)
-    complete = {**record, "artifacts": artifacts}
+    figures: dict[str, str] = {}
+    for name, picture in pictures.items():
+        encoded = BytesIO()
+        picture.save(encoded, "PNG")
+        figures[name] = f"{name}.png"
+        write_bytes(folder / figures[name], encoded.getvalue())
+    complete = {**record, "artifacts": artifacts, "figures": figures}
     write_json(folder / "record.json", complete)
     return complete
 

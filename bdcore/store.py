@@ -51,7 +51,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     header = {"__metadata__": dict(sorted((metadata or {}).items())), **json.loads(content[8:end])}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return _write(path, len(text).to_bytes(8, "little"), text, memoryview(content)[end:])
+    return write_bytes(path, len(text).to_bytes(8, "little"), text, memoryview(content)[end:])
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -80,7 +80,7 @@ def write_json(path: Path, value: Any) -> str:
     """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     # A path of undecodable bytes holds lone surrogates; escaped this way they are JSON.
-    return _write(path, text.encode(errors="backslashreplace"))
+    return write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def sha256_file(path: Path) -> str:
@@ -317,7 +317,7 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return separate
 
 
-def _write(path: Path, *parts: bytes | memoryview) -> str:
+def write_bytes(path: Path, *parts: bytes | memoryview) -> str:
     """Write `parts` to `path` by way of a temporary file beside it; the SHA-256 of the whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     hashed = hashlib.sha256()

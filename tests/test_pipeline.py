@@ -139,7 +139,7 @@ class TestRecord:
         assert json.loads((folder / "record.json").read_text()) == record == json.loads(json.dumps(record))
         assert set(record) == {
             "schema", "run", "config", "seed", "plugins", "dataset", "poison", "victim", "defenses", "versions",
-            "device", "artifacts",
+            "device", "artifacts", "figures",
         }  # fmt: skip
         assert record["poison"]["count"] == 60
         assert record["poison"]["rate"] == 0.1
@@ -161,6 +161,9 @@ class TestRecord:
         assert 0 <= defense["der"] <= 1
         assert record["seed"] == 0
         assert set(record["artifacts"]) == {"victim", "finetune"}
+        assert record["figures"] == {"attack": "attack.png"}
+        with Image.open(folder / "attack.png") as sheet:
+            assert sheet.width > 8 * 90
         for artifact in record["artifacts"].values():
             assert sha256_file(folder / artifact["path"]) == artifact["sha256"]
 
