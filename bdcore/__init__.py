@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         load_batch,
         lowest_k,
         model_contrastive_loss,
+        put_trigger,
     )
     from bdcore.training import Batch, Recipe, fit, forward_batches, frozen_copy
 
@@ -75,6 +76,7 @@ _HOME = {
     "load_batch": "ops",
     "lowest_k": "ops",
     "model_contrastive_loss": "ops",
+    "put_trigger": "ops",
     "Batch": "training",
     "Recipe": "training",
     "fit": "training",
@@ -118,6 +120,7 @@ __all__ = [
     "load_batch",
     "lowest_k",
     "model_contrastive_loss",
+    "put_trigger",
     "split_head",
 ]
 

@@ -203,6 +203,15 @@ class Trigger:
     pattern: Tensor | None = None
     patches: Tensor | None = None
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is there, by name."""
+        found = {name: getattr(self, name) for name in ("delta", "mask", "pattern", "patches")}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def to(self, device: torch.device) -> "Trigger":
+        """The same trigger on `device`."""
+        return Trigger(self.target, **{name: value.to(device) for name, value in self.tensors().items()})
+
 
 @dataclass(frozen=True)
 class Suspects:
@@ -226,15 +235,15 @@ class Outcome:
         model: the purified classifier; None leaves the model as it was.
         verdict: whether there is a backdoor.
         triggers: recovered triggers.
-        suspects: training samples that look poisoned.
         notes: short facts worth recording, for instance a chosen threshold.
+        suspects: training samples that look poisoned.
     """
 
     model: nn.Module | None = None
     verdict: Verdict | None = None
     triggers: tuple[Trigger, ...] = ()
-    suspects: Suspects | None = None
     notes: Mapping[str, float | int | str] = field(default_factory=dict[str, float | int | str])
+    suspects: Suspects | None = None
 
 
 @dataclass(frozen=True)
@@ -275,3 +284,19 @@ class Isolation:
     fpr: float | None
     f1: float | None
     auroc: float | None
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What a recovered trigger is worth on the model that it was recovered from.
+
+    Args:
+        target: the class that it leads to.
+        asr: share of the test images of other classes that it sends there.
+        size: how much of an image it changes, in pixels: the sum of the mask, of the largest change in a channel, or
+            the area of the patch.
+    """
+
+    target: int
+    asr: float | None
+    size: float

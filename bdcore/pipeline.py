@@ -26,6 +26,7 @@ from bdcore.artifacts import (
     Labelled,
     Outcome,
     Poisoned,
+    Recovered,
     Scores,
     Trigger,
     Triggered,
@@ -41,10 +42,10 @@ from bdcore.machine import peak_memory_bytes, reset_peak_memory
 from bdcore.models import build, metered
 from bdcore.ops.registration import implementation
 from bdcore.plugins import Host, Loaded, explain
-from bdcore.record import check_folder, make_record, write_run_folder
+from bdcore.record import Defended, check_folder, make_record, write_run_folder
 from bdcore.stages import data
 from bdcore.stages.defend import defend
-from bdcore.stages.evaluate import evaluate
+from bdcore.stages.evaluate import evaluate, recovered
 from bdcore.stages.poison import poison, poison_all, prepare
 from bdcore.stages.train import FINE_TUNING, fine_tune, train
 from bdcore.store import Entry, Store, digest, sha256_file
@@ -121,21 +122,22 @@ class _Run:
         if trained is None:
             trained = self.trained("train", poisoned.train, arch)
         victim_scores = self.scores(trained, trained, arch, dataset.test, poisoned)
-        defended: list[tuple[Chosen, Entry, Scores]] = []
+        defended: list[Defended] = []
         for chosen in config.defenses:
             entry = self.defended(chosen, trained, arch, clean, poisoned.train)
             scores = self.scores(entry, trained, arch, dataset.test, poisoned)
-            defended.append((chosen, entry, scores))
+            triggers = self.recovered(entry, trained, arch, dataset.test)
+            defended.append(Defended(chosen, entry, scores, triggers))
         oracles = {chosen.plugin.name: _oracles(chosen) for chosen in config.defenses}
         record = make_record(
             run_id(config), config, oracles, dataset, poisoned, trained, victim_scores, defended,
             self.device, self.precision, implementation(self.device.type),
         )  # fmt: skip
         files = {"victim": trained.path("model")}
-        for chosen, entry, _ in defended:
-            for part in entry.files:
-                name = chosen.plugin.name if part == "model" else f"{chosen.plugin.name}-{part}"
-                files[name] = entry.path(part)
+        for done in defended:
+            for part in done.entry.files:
+                plugin = done.chosen.plugin.name
+                files[plugin if part == "model" else f"{plugin}-{part}"] = done.entry.path(part)
         return write_run_folder(folder, record, files, arch, _pictures(dataset.test, poisoned, defended))
 
     def attacked(self, dataset: Dataset) -> tuple[Poisoned, Entry | None, Architecture]:
@@ -248,6 +250,27 @@ class _Run:
 
         return Scores(**self.stage("evaluate", depends, build_it).payload)
 
+    def recovered(self, entry: Entry, trained: Entry, arch: Architecture, test: Labelled) -> list[Recovered]:
+        """What the triggers in `entry` are worth on the victim."""
+        triggers = _triggers(entry)
+        if not triggers:
+            return []
+        depends = {
+            "triggers": entry.sha256("triggers"),
+            "targets": entry.payload["targets"],
+            "model": trained.sha256("model"),
+            "arch": asdict(arch),
+            "test": test.fingerprint,
+            **{name: self.base[name] for name in ("bdcore", "torch", "device", "operators", "seed")},
+        }
+
+        def build_it(context: Context) -> _Result:
+            found = recovered(_load(trained, arch), test, triggers, context)
+            return {"triggers": [asdict(one) for one in found]}, {}
+
+        entry = self.stage("evaluate triggers", depends, build_it)
+        return [Recovered(**one) for one in entry.payload["triggers"]]
+
     def stage(self, stage: str, depends: Mapping[str, Any], build_it: Callable[[Context], _Result]) -> Entry:
         """The cached result of a stage, or a new one, with checkpoints where it was interrupted."""
         key, kind = digest(depends), stage.replace(" ", "-")
@@ -346,7 +369,7 @@ def _pack(outcome: Outcome, context: Context) -> _Result:
         files["triggers"] = {
             f"{number}.{part}": value
             for number, trigger in enumerate(outcome.triggers)
-            for part, value in _parts(trigger).items()
+            for part, value in trigger.tensors().items()
         }
     if outcome.suspects is not None:
         files["suspects"] = {"index": outcome.suspects.index}
@@ -355,9 +378,15 @@ def _pack(outcome: Outcome, context: Context) -> _Result:
     return payload, files
 
 
-def _parts(trigger: Trigger) -> dict[str, Tensor]:
-    parts = {name: getattr(trigger, name) for name in ("delta", "mask", "pattern", "patches")}
-    return {name: value for name, value in parts.items() if value is not None}
+def _triggers(entry: Entry) -> list[Trigger]:
+    """The triggers that `_pack` stored."""
+    if "triggers" not in entry.files:
+        return []
+    parts: list[dict[str, Tensor]] = [{} for _ in entry.payload["targets"]]
+    for name, value in entry.tensors("triggers").items():
+        number, part = name.split(".")
+        parts[int(number)][part] = value
+    return [Trigger(target, **found) for target, found in zip(entry.payload["targets"], parts, strict=True)]
 
 
 def _cost(context: Context) -> dict[str, float | int]:
@@ -368,20 +397,15 @@ def _cost(context: Context) -> dict[str, float | int]:
     }
 
 
-def _pictures(
-    test: Labelled, poisoned: Poisoned, defended: list[tuple[Chosen, Entry, Scores]]
-) -> dict[str, Image.Image]:
+def _pictures(test: Labelled, poisoned: Poisoned, defended: list[Defended]) -> dict[str, Image.Image]:
     """What the trigger does to the first test images, and the triggers that defenses recovered."""
     pictures: dict[str, Image.Image] = {}
     triggered = poisoned.triggered
     if triggered is not None and triggered.source is not None:
         pictures["attack"] = contact_sheet(test.images[triggered.source[:8]], triggered.images[:8])
-    for chosen, entry, _ in defended:
-        if "triggers" in entry.files:
-            found = entry.tensors("triggers")
-            for number, target in enumerate(entry.payload["targets"]):
-                parts = {name.split(".")[1]: value for name, value in found.items() if name.startswith(f"{number}.")}
-                pictures[f"{chosen.plugin.name}-class{target}"] = trigger_picture(Trigger(target, **parts))
+    for done in defended:
+        for trigger in _triggers(done.entry):
+            pictures[f"{done.chosen.plugin.name}-class{trigger.target}"] = trigger_picture(trigger)
     return pictures
 
 

@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
@@ -15,14 +15,24 @@ from typing import Any
 import torch
 from PIL import Image
 
-from bdcore.artifacts import Architecture, Dataset, Poisoned, Scores, Suspects, Verdict
+from bdcore.artifacts import Architecture, Dataset, Poisoned, Recovered, Scores, Suspects, Verdict
 from bdcore.config import Chosen, RunConfig
 from bdcore.errors import StoreError, UsageError
 from bdcore.machine import processor_name
-from bdcore.stages.evaluate import defense_effectiveness, isolation, verdict_correct
+from bdcore.stages.evaluate import defense_effectiveness, isolation, target_rank, verdict_correct
 from bdcore.store import Entry, sha256_file, write_bytes, write_json
 
 SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Defended:
+    """A defense's stored outcome and what evaluation found of it."""
+
+    chosen: Chosen
+    entry: Entry
+    scores: Scores
+    triggers: list[Recovered]
 
 
 def make_record(
@@ -33,7 +43,7 @@ def make_record(
     poisoned: Poisoned,
     trained: Entry,
     victim: Scores,
-    defended: list[tuple[Chosen, Entry, Scores]],
+    defended: list[Defended],
     device: torch.device,
     precision: str,
     operators: str,
@@ -65,7 +75,7 @@ def make_record(
         },
         "poison": _poison(poisoned),
         "victim": {**asdict(victim), **trained.payload["cost"]},
-        "defenses": [_defense(chosen, entry, scores, victim, poisoned) for chosen, entry, scores in defended],
+        "defenses": [_defense(done, victim, poisoned) for done in defended],
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("bdcore", "torch", "torchvision", "numpy", "scikit-learn")},
@@ -131,18 +141,20 @@ def write_run_folder(
     return complete
 
 
-def _defense(chosen: Chosen, entry: Entry, scores: Scores, victim: Scores, poisoned: Poisoned) -> dict[str, Any]:
+def _defense(done: Defended, victim: Scores, poisoned: Poisoned) -> dict[str, Any]:
+    entry = done.entry
     found: dict[str, Any] | None = entry.payload["verdict"]
     if found is not None:
-        verdict = Verdict(found["backdoored"], found["target"])
-        found = {**found, "correct": verdict_correct(verdict, poisoned.triggered is not None, poisoned.target)}
+        verdict = Verdict(found["backdoored"], found["target"], tuple(found["evidence"]))
+        correct = verdict_correct(verdict, poisoned.triggered is not None, poisoned.target)
+        found = {**found, "correct": correct, "target_rank": target_rank(verdict, poisoned.target)}
     return {
-        "name": chosen.plugin.name,
-        **asdict(scores),
-        "der": defense_effectiveness(victim, scores),
+        "name": done.chosen.plugin.name,
+        **asdict(done.scores),
+        "der": defense_effectiveness(victim, done.scores),
         "verdict": found,
         "isolation": _isolation(entry, poisoned),
-        "triggers": entry.payload["targets"],
+        "triggers": [asdict(trigger) for trigger in done.triggers],
         **entry.payload["cost"],
         "notes": entry.payload["notes"],
     }

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from bdcore import Context, Dataset, DefenseError, DefenseInput, Labelled, Outcome, Recipe
+from bdcore import Context, Dataset, DefenseError, DefenseInput, Labelled, Outcome, Recipe, put_trigger
 from bdcore.artifacts import Poisoned, Scores, Verdict, fingerprint
 from bdcore.config import resolve
 from bdcore.context import Meter, Progress
@@ -26,7 +26,7 @@ from bdcore_plugins.attacks.badnets import BadNets
 from bdcore_plugins.datasets.digits import Digits
 from bdcore_plugins.defenses import mcldef
 from bdcore_plugins.defenses.mcldef import MCLDef, target_search
-from bdcore_plugins.defenses.mcldef.inversion import INVERSIONS, Inversion, invert, put_trigger
+from bdcore_plugins.defenses.mcldef.inversion import INVERSIONS, Inversion, invert
 from bdcore_plugins.defenses.mcldef.target_search import search_target
 
 CLASSES = 6

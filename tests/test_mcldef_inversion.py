@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bdcore import Context, Trigger
+from bdcore import Context, Trigger, put_trigger
 from bdcore.context import Progress
 from bdcore.models import Classifier, metered
 from bdcore.training import loop
-from bdcore_plugins.defenses.mcldef.inversion import INVERSIONS, Inversion, PixelInversion, put_trigger
+from bdcore_plugins.defenses.mcldef.inversion import INVERSIONS, Inversion, PixelInversion
 from bdcore_plugins.defenses.mcldef.inversion import invert as run_inversion
 
 SHAPE = (3, 6, 5)

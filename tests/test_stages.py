@@ -2,17 +2,25 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score, precision_score, recall_score
 from torch import Tensor, nn
 
-from bdcore import Recipe, Suspects, Verdict
-from bdcore.artifacts import Dataset, Labelled, Scores, Triggered
+from bdcore import Recipe, Suspects, Trigger, Verdict, put_trigger
+from bdcore.artifacts import Dataset, Labelled, Recovered, Scores, Triggered
 from bdcore.context import Context
 from bdcore.errors import UsageError
 from bdcore.stages.data import architecture, clean_set
-from bdcore.stages.evaluate import defense_effectiveness, evaluate, isolation, verdict_correct
+from bdcore.stages.evaluate import (
+    defense_effectiveness,
+    evaluate,
+    isolation,
+    recovered,
+    target_rank,
+    verdict_correct,
+)
 from bdcore.stages.train import fine_tune, train
 
 
@@ -259,3 +267,54 @@ class TestFineTuned:
         assert all(
             torch.equal(a, b) for a, b in zip(again.state_dict().values(), tuned.state_dict().values(), strict=True)
         )
+
+
+class Corner(nn.Module):
+    """Class 1 where the mean of the lower right 3 x 3 pixels is above a half, else 0."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        pixels = images / 255 if images.dtype == torch.uint8 else images
+        return F.one_hot((pixels[:, :, -3:, -3:].mean((1, 2, 3)) > 0.5).long(), 3).float()
+
+
+class TestRecovered:
+    images = torch.zeros(900, 1, 8, 8, dtype=torch.uint8)
+    test = Labelled(images, torch.tensor([0, 1, 2] * 300))
+
+    def worth(self, *triggers: Trigger) -> list[Recovered]:
+        return recovered(Corner(), self.test, triggers, Context())
+
+    def test_each_form(self):
+        spot = torch.zeros(1, 8, 8)
+        spot[:, -3:, -3:] = 1
+        black = self.test.images[:1, 0] / 255
+        found = self.worth(
+            Trigger(1, delta=0.8 * spot), Trigger(1, delta=0.3 * spot), Trigger(1, mask=0.75 * spot, pattern=spot),
+            Trigger(1, mask=0.75 * spot, pattern=black),
+        )  # fmt: skip
+        assert [one.asr for one in found] == [1, 0, 1, 0]
+        assert [one.size for one in found] == pytest.approx([7.2, 2.7, 6.75, 6.75], abs=1e-3)
+
+    def test_patches_come_anywhere(self):
+        """A white patch of 3 x 3 turns the corner bright from the 3 of 36 places that cover 5 of its pixels or more."""
+        (found,) = self.worth(Trigger(1, patches=torch.ones(4, 1, 3, 3)))
+        covering = sum((3 - down) * (3 - right) > 4.5 for down in range(3) for right in range(3)) / 36
+        assert found.asr == pytest.approx(covering, abs=0.04)
+        assert found.size == 9
+
+    def test_images_of_the_target_class_do_not_count(self):
+        bright = Labelled(torch.full_like(self.images[:3], 255), torch.tensor([1, 1, 1]))
+        (found,) = recovered(Corner(), bright, [Trigger(1, delta=torch.zeros(1, 8, 8))], Context())
+        assert found.asr is None
+
+    def test_a_trigger_of_no_form_is_refused(self):
+        with pytest.raises(ValueError, match="needs a delta"):
+            self.worth(Trigger(1))
+        with pytest.raises(ValueError, match="generator is needed"):
+            put_trigger(Trigger(1, patches=torch.ones(1, 1, 3, 3)), self.images)
+
+
+def test_rank_of_the_target():
+    verdict = Verdict(True, 2, (0.1, 0.9, 0.5, 0.5))
+    assert [target_rank(verdict, target) for target in (0, 1, 2, 3, None)] == [4, 1, 3, 3, None]
+    assert target_rank(Verdict(True, 2), 2) is None

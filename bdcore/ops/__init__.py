@@ -11,6 +11,7 @@ from bdcore.ops.load_batch import load_batch
 from bdcore.ops.lowest_k import LowestK, lowest_k
 from bdcore.ops.model_contrastive_loss import model_contrastive_loss
 from bdcore.ops.native import load
+from bdcore.ops.put_trigger import put_trigger
 from bdcore.ops.registration import registered
 
 load()
@@ -27,4 +28,5 @@ __all__ = [
     "load_batch",
     "lowest_k",
     "model_contrastive_loss",
+    "put_trigger",
 ]

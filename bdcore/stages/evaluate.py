@@ -1,11 +1,14 @@
 """Score a classifier, with all that is the attacker's secret."""
 
+from collections.abc import Sequence
+
 from scipy.stats import rankdata
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
-from bdcore.artifacts import Isolation, Labelled, Scores, Suspects, Triggered, Verdict
+from bdcore.artifacts import Isolation, Labelled, Recovered, Scores, Suspects, Trigger, Triggered, Verdict
 from bdcore.context import Context
+from bdcore.ops import put_trigger
 from bdcore.training import forward_batches
 
 
@@ -31,6 +34,23 @@ def evaluate(
         target_class_accuracy=_share(right[of_target]) if of_target is not None and of_target.any() else None,
         nontarget_accuracy=_share(right[~of_target]) if of_target is not None and not of_target.all() else None,
     )
+
+
+def recovered(model: nn.Module, test: Labelled, triggers: Sequence[Trigger], context: Context) -> list[Recovered]:
+    """What each trigger is worth, on all test images of other classes than its target; see `Recovered`."""
+    model = model.to(context.device).eval()
+    found: list[Recovered] = []
+    for number, trigger in enumerate(triggers):
+        there = trigger.to(context.device)
+        generator = context.generator("triggers", number)
+        predicted = forward_batches(
+            lambda batch, t=there, g=generator: model(put_trigger(t, batch, g)).argmax(1),
+            test.images[test.labels != trigger.target],
+            context,
+        )
+        asr = _share(predicted == trigger.target) if len(predicted) else None
+        found.append(Recovered(trigger.target, asr, round(_size(trigger), 3)))
+    return found
 
 
 def defense_effectiveness(before: Scores, after: Scores) -> float | None:
@@ -69,6 +89,22 @@ def verdict_correct(verdict: Verdict, attacked: bool, target: int | None) -> boo
     if verdict.backdoored != attacked:
         return False
     return not attacked or target is None or verdict.target == target
+
+
+def target_rank(verdict: Verdict, target: int | None) -> int | None:
+    """How many classes, the true target among them, have as much evidence against them; 1: none has more."""
+    if target is None or len(verdict.evidence) <= target:
+        return None
+    return sum(evidence >= verdict.evidence[target] for evidence in verdict.evidence)
+
+
+def _size(trigger: Trigger) -> float:
+    if trigger.delta is not None:
+        return float(trigger.delta.abs().amax(0).sum())
+    if trigger.mask is not None:
+        return float(trigger.mask.sum())
+    assert trigger.patches is not None
+    return float(trigger.patches.shape[2] * trigger.patches.shape[3])
 
 
 def _ratio(part: int, whole: int) -> float | None:

@@ -41,10 +41,11 @@ from bdcore import (
     frozen_copy,
     hookimpl,
     model_contrastive_loss,
+    put_trigger,
     split_head,
 )
 
-from .inversion import INVERSIONS, invert, put_trigger
+from .inversion import INVERSIONS, invert
 from .target_search import search_target
 
 

@@ -39,15 +39,6 @@ def invert(
     fit(phase, stack, columns, lambda batch: stack.loss(model, batch["images"]), recipe, context, end_epoch)
 
 
-def put_trigger(trigger: Trigger, images: Tensor) -> Tensor:
-    """uint8 [B, C, H, W] images with a recovered trigger, float in [0, 1]."""
-    if trigger.delta is not None:
-        return (images.float() / 255 + trigger.delta).clamp(0, 1)
-    assert trigger.mask is not None
-    assert trigger.pattern is not None
-    return blend_trigger(images, trigger.pattern[None], trigger.mask[None], out_dtype=torch.float32)
-
-
 class Inversion(nn.Module, ABC):
     """T triggers; subclasses say what a trigger is and how its size is held down.
 
