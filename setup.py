@@ -39,7 +39,8 @@ REPORT = "_build.json"
 
 # The oldest torch whose stable ABI the libraries use; without it they would ask for the newest one's symbols.
 TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
-CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", TARGET]
+PLAIN_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+CXX_FLAGS = [*PLAIN_FLAGS, TARGET]
 # Enough for `omp simd` to vectorise; not -ffast-math, which would drop NaN and reorder sums at will.
 KERNEL_FLAGS = ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 LEVELS = {
@@ -240,7 +241,7 @@ class BuildNative(build_ext):
         file = BuildFile()
         include = [f"-I{torch.folder / 'include'}", f"-I{sysconfig.get_path('include')}"]
         more = shlex.split(os.environ.get("CXXFLAGS", ""))
-        flags = [*CXX_FLAGS, *include, *more]
+        flags = [*PLAIN_FLAGS, *include, *more]  # pybind11 as torch 2.11 brings it refuses TARGET
         objects = [
             file.add("cxx", self.work / "host" / f"{source.stem}.o", [source], compiler, flags)
             for source in sorted((CSRC / "host").glob("*.cpp"))

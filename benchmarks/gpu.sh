@@ -90,7 +90,7 @@ step() {
     [ "$code" = 0 ]
 }
 
-tests=(tests/test_ops_*.py tests/test_cuda_device.py tests/test_operators_in_runs.py tests/test_native_library.py)
+tests=(tests/test_ops_*.py tests/test_cuda_{device,capture}.py tests/test_operators_in_runs.py tests/test_native_library.py)
 workers=()
 "$python" -P -c 'import xdist' 2>/dev/null && workers=(-n 4)
 install=("$python" -m pip install --no-index --no-deps --no-build-isolation --target "$site" --upgrade .)
@@ -98,7 +98,8 @@ install=("$python" -m pip install --no-index --no-deps --no-build-isolation --ta
 step build 150 env BDCORE_BUILD=cuda "${install[@]}" || step "build what can be" 90 env BDCORE_BUILD=auto "${install[@]}"
 step doctor 60 "$python" -P -c 'from bdcore.cli import main; main(["doctor"])'
 step training 60 "$python" -P -m benchmarks.gpu_training --epochs 2 --output "$work/training.json"
-step tests 120 "$python" -P -m pytest -q -k cuda "${workers[@]}" -p no:cacheprovider \
+# no:benchmark, which warns of workers, and warnings are errors.
+step tests 120 "$python" -P -m pytest -q -k cuda "${workers[@]}" -p no:cacheprovider -p no:benchmark \
     --junitxml="$work/tests.xml" "${tests[@]}"
 for tool in memcheck racecheck; do
     step "$tool" 30 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \

@@ -16,8 +16,8 @@ Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
   const int64_t strides[] = {sizes.size() == 2 ? sizes.begin()[1] : 1, 1};
   const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
-                                                         dtype, aoti_torch_device_type_cpu(), 0, &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
+                                                  dtype, aoti_torch_device_type_cpu(), 0, &made));
   return Tensor(made);
 }
 

@@ -12,7 +12,8 @@ namespace bdcore {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kGroup = 4;  // images that a thread blends at once: loads in flight, and coefficients used again
+constexpr int kGroup = 4;  // images that a thread blends at once: loads in flight
+constexpr int64_t kBlocksAtOnce = 2112;  // of a large GPU; with more, threads would only compute coefficients again
 
 template <class A>
 struct BlendJob {
@@ -21,7 +22,6 @@ struct BlendJob {
   void* out;
   ScalarType from, to;
   bool fraction;       // uint8 images stand for x / 255
-  bool covered;        // the window is the whole image
   const A* pattern;    // [T, C, rows, columns]; nullptr: zeros
   const A* mask;       // [T, 1 or C, rows, columns]
   A image_unit, pattern_unit;  // 1 of x and of p in units of the result
@@ -136,7 +136,8 @@ __global__ void __launch_bounds__(kThreads) blend(const __grid_constant__ BlendJ
   const int64_t size = g.size(), first = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * N;
   if (first >= size) return;
   A scale[N], shift[N];
-  int64_t known = -2;  // the trigger that they belong to
+  int64_t known = -2;  // the trigger that they belong to, and its place
+  int known_top = 0, known_left = 0;
   for (int64_t group = int64_t{blockIdx.y} * kGroup; group < g.batch; group += int64_t{gridDim.y} * kGroup) {
     typename Format::Raw raw[kGroup];
 #pragma unroll
@@ -149,9 +150,9 @@ __global__ void __launch_bounds__(kThreads) blend(const __grid_constant__ BlendJ
       if (image < g.batch) {
         const int64_t trigger = g.trigger(image);
         const int top = g.top(image), left = g.left(image);
-        if (!job.covered || trigger != known) {
+        if (trigger != known || top != known_top || left != known_left) {
           coefficients(job, static_cast<int>(first), trigger, top, left, scale, shift);
-          known = trigger;
+          known = trigger, known_top = top, known_left = left;
         }
         A y[N];
 #pragma unroll
@@ -193,8 +194,9 @@ Geometry geometry_of(const Tensor& images, const Tensor& mask, Layout layout, co
 template <class Format>
 void launch_blend(const Tensor& images, const BlendJob<typename Format::A>& job) {
   const int64_t size = images.numel() / images.size(0);
-  const auto groups = static_cast<unsigned>(std::min<int64_t>(parts(images.size(0), kGroup), 65535));
-  const dim3 grid(static_cast<unsigned>(parts(parts(size, Format::count), kThreads)), groups);
+  const int64_t across = parts(parts(size, Format::count), kThreads);
+  const int64_t groups = std::min(parts(images.size(0), kGroup), std::max<int64_t>(kBlocksAtOnce / across, 1));
+  const dim3 grid(static_cast<unsigned>(across), static_cast<unsigned>(groups));
   launch(images, blend<Format>, grid, dim3(kThreads), 0, job);
 }
 
@@ -241,7 +243,6 @@ void transform(const Tensor& images, const Tensor* pattern, const Tensor& mask, 
   job.to = out.scalar_type();
   const bool from_bytes = job.from == ScalarType::Byte, to_bytes = job.to == ScalarType::Byte;
   job.fraction = from_bytes && !to_bytes;
-  job.covered = geometry.rows == geometry.height && geometry.columns == geometry.width;
   job.pattern = pattern == nullptr ? nullptr : static_cast<const A*>(pattern->const_data_ptr());
   job.mask = static_cast<const A*>(mask.const_data_ptr());
   job.image_unit = to_bytes && !from_bytes ? A(255) : A(1);

@@ -293,20 +293,21 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& anchor_, const Tensor& 
   return {result, statistics, key_norms};
 }
 
-// A tile of slopes: 32 MB, which a large GPU's second cache holds.
-constexpr int64_t kAnchorTile = 4096, kKeyTile = 2048;
+// A tile of slopes: 32 MB, which a large GPU's second cache holds; of few anchors it takes more keys.
+constexpr int64_t kAnchorTile = 4096, kSlopes = kAnchorTile * 2048, kMostKeys = 16384;
 
-// Sums of slopes times unit vectors, [parts][rows][width]; their depth is split so that there are enough blocks.
+// Sums of slopes times unit vectors, [parts][rows][width]; their depth, `depths` at a time, is split so that there are
+// enough blocks.
 template <class A>
 struct Sums {
   int64_t rows, width, parts;
   Tensor values;
 
-  Sums(const Tensor& like, ScalarType type, bool needed, int64_t rows, int64_t width)
+  Sums(const Tensor& like, ScalarType type, bool needed, int64_t rows, int64_t width, int64_t depths)
       : rows(rows),
         width(width),
         parts(std::clamp<int64_t>(
-            kBlocks / 2 / (divided_up(rows, 4 * kSide) * divided_up(width, 4 * kSide)), 1, 8)),
+            std::min(2 * kBlocks / (divided_up(rows, 4 * kSide) * divided_up(width, 4 * kSide)), depths / 64), 1, 32)),
         values(torch::stable::new_empty(like, {needed ? parts * rows * width : 0}, type)) {}
 
   A* at() const { return static_cast<A*>(values.mutable_data_ptr()); }
@@ -340,14 +341,15 @@ void backward_of(const Tensor& anchor, const Tensor& keys, const Tensor& statist
   const A* const norms_of_keys = static_cast<const A*>(key_norms.const_data_ptr());
   const T* const anchor_at = static_cast<const T*>(anchor.const_data_ptr());
   const T* const keys_at = static_cast<const T*>(keys.const_data_ptr());
-  const int64_t most_keys = std::min(kKeyTile, count), most_anchors = std::min(kAnchorTile, batch);
-  const Sums<A> anchor_sums(anchor, type, need_anchor, batch, width);
-  const Sums<A> key_sums(anchor, type, need_keys, most_keys, width);
+  const int64_t most_anchors = std::min(kAnchorTile, batch);
+  const int64_t most_keys = std::min({kSlopes / most_anchors, kMostKeys, count});
+  const Sums<A> anchor_sums(anchor, type, need_anchor, batch, width, most_keys);
+  const Sums<A> key_sums(anchor, type, need_keys, most_keys, width, most_anchors);
   Tensor slopes = torch::stable::new_empty(anchor, {most_anchors * most_keys}, type);
   A* const slopes_at = static_cast<A*>(slopes.mutable_data_ptr());
 
-  for (int64_t key = 0; key < count; key += kKeyTile) {
-    const Rows tile_keys{keys_at + key * keys.stride(0), std::min(kKeyTile, count - key), keys.stride(0),
+  for (int64_t key = 0; key < count; key += most_keys) {
+    const Rows tile_keys{keys_at + key * keys.stride(0), std::min(most_keys, count - key), keys.stride(0),
                          norms_of_keys + key};
     for (int64_t row = 0; row < batch; row += kAnchorTile) {
       const Rows anchors{anchor_at + row * anchor.stride(0), std::min(kAnchorTile, batch - row), anchor.stride(0),

@@ -8,12 +8,14 @@
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -78,7 +80,7 @@ struct OnDeviceOf {
 template <class Kernel, class... Arguments>
 void launch(const Tensor& like, Kernel kernel, dim3 grid, dim3 block, size_t shared, Arguments... arguments) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device(), &stream));
   kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
