@@ -25,6 +25,7 @@ def train(data: Labelled, arch: Architecture, recipe: Recipe, context: Context) 
         lambda batch: _cross_entropy(model, batch["images"], batch["labels"]),
         recipe,
         context,
+        capturable=True,
     )
     return Victim(model.eval(), arch)
 

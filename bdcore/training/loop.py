@@ -3,8 +3,10 @@
 import copy
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from math import isfinite
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from bdcore.errors import BdcoreError
 from bdcore.machine import keep_freed_memory
 from bdcore.models import Classifier
 from bdcore.training.batches import Batch, epoch_batches, steps_per_epoch
+from bdcore.training.capture import CapturedStep
 from bdcore.training.checkpoint import load_checkpoint, save_checkpoint
 from bdcore.training.recipe import Recipe
 
@@ -32,6 +35,7 @@ def fit(
     *,
     parts: Mapping[str, Recipe] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    capturable: bool = False,
 ) -> torch.optim.Optimizer:
     """Train `module` in place, resuming exactly where an interrupted run left it.
 
@@ -53,6 +57,10 @@ def fit(
             keeps its value.
         optimizer: what an earlier phase over the same parameters returned: its momentum carries over, while rate,
             momentum's factor and decay are `recipe`'s.
+        capturable: on a GPU, steps may be recorded once and replayed, which saves launches of small kernels. Then the
+            loss must compute from the batch, the module and other tensors that stay in their place: it must not read a
+            value back, move tensors between devices, draw on the CPU or have shapes that follow from data, and numbers
+            of the host are those of the recording; `on_epoch` alters tensors in place.
 
     Returns:
         The optimiser of `module` without its parts, to go on with.
@@ -82,6 +90,9 @@ def fit(
     state = load_checkpoint(path, module, optimizers, identity, context) if path else None
     first, ended = (int(state["epochs"]), bool(state["ended"])) if state else (0, False)
     steps = steps_per_epoch(samples, recipe)
+    update = partial(_step, loss=loss, optimizers=optimizers, context=context)
+    if capturable and device.type == "cuda":
+        update = CapturedStep(update, optimizers, context)
     started, saved = perf_counter(), perf_counter()
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -97,9 +108,9 @@ def fit(
                 for one, name in zip(optimizers, recipes, strict=True):
                     rate = recipes[name].learning_rate(epoch * steps + step, steps, recipe.epochs)
                     for group in one.param_groups:
-                        group["lr"] = rate
+                        _set_rate(group, rate)
                 drawn += len(batch["index"])
-                figures = _step(batch, loss, optimizers, context)
+                figures = update(batch)
                 for name, value in figures.items():
                     # Summed on the device: reading a value back each step would stall it.
                     sums[name] = sums[name] + value if name in sums else value
@@ -177,6 +188,13 @@ def _continued(earlier: torch.optim.Optimizer, new: torch.optim.Optimizer) -> to
         raise ValueError("fit: an optimizer can only go on over the parameters it had, and under a recipe of its kind")
     old.update({name: value for name, value in group.items() if name != "params"})
     return earlier
+
+
+def _set_rate(group: dict[str, Any], rate: float) -> None:
+    if isinstance(group["lr"], Tensor):  # a recorded step reads it from there
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
 
 
 def _step(

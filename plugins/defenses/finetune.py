@@ -43,7 +43,7 @@ class FineTune(Defense):
 
         recipe = Recipe(schedule="constant", **self.config.model_dump())
         columns = {"images": given.clean.images, "labels": given.clean.labels}
-        fit("finetune", model, columns, loss, recipe, context)
+        fit("finetune", model, columns, loss, recipe, context, capturable=True)
         return Outcome(model=model.eval())
 
 

@@ -145,7 +145,7 @@ class MCLDef(Defense):
             epochs=config.epochs,
             min_steps=config.min_steps,
         )
-        fit("purify", body, columns, loss, recipe, context)
+        fit("purify", body, columns, loss, recipe, context, capturable=True)
         return student.eval()
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bdcore import Context, Recipe, Trigger, blend_trigger, fit
+from bdcore import Batch, Context, Recipe, Trigger, blend_trigger, fit
 
 SUCCESS = 0.9  # an inverted trigger counts where it sends this share of the images to its class
 
@@ -36,7 +36,11 @@ def invert(
     stack.stale.zero_()  # patience counts within one inversion, not over the rounds before it
     recipe = type(stack).recipe.model_copy(update={"epochs": epochs})
     columns = {"images": images}
-    fit(phase, stack, columns, lambda batch: stack.loss(model, batch["images"]), recipe, context, end_epoch)
+
+    def loss(batch: Batch) -> dict[str, Tensor]:
+        return stack.loss(model, batch["images"])
+
+    fit(phase, stack, columns, loss, recipe, context, end_epoch, capturable=True)
 
 
 class Inversion(nn.Module, ABC):
