@@ -70,9 +70,14 @@ def site(new_site: Callable[[], Site], monkeypatch: pytest.MonkeyPatch) -> Itera
             del sys.modules[name]
 
 
-_LACKING = [f"{part}: {load()[part].detail}" for part in ("cpu", "host") if not load()[part].loaded]
-native = pytest.mark.skipif(bool(_LACKING), reason=f"no compiled operators here: {'; '.join(_LACKING)}")
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def _lacking(*parts: str) -> str:
+    """Which of the parts of the compiled operators are not there, and why."""
+    return "; ".join(f"{part}: {load()[part].detail}" for part in parts if not load()[part].loaded)
+
+
+_ON_GPU = _lacking("cuda", "host") if torch.cuda.is_available() else "no GPU"
+native = pytest.mark.skipif(bool(_lacking("cpu", "host")), reason=f"no compiled operators: {_lacking('cpu', 'host')}")
+cuda = pytest.mark.skipif(bool(_ON_GPU), reason=_ON_GPU)
 
 
 @pytest.fixture(
