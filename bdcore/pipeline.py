@@ -79,6 +79,18 @@ def run(config: RunConfig, host: Host) -> dict[str, Any]:
     return record
 
 
+def poisoned(config: RunConfig, host: Host) -> tuple[Dataset, Poisoned]:
+    """The data set of a run, and what its attack makes of it, from the cache or anew; no victim is trained, but where
+    the attacker does that.
+
+    Raises:
+        BdcoreError: as `run`.
+    """
+    parts = _Run(config, host)
+    dataset, _ = parts.loaded()
+    return dataset, parts.attacked(dataset)[0]
+
+
 def run_id(config: RunConfig) -> str:
     """A name for the run: what it is about, and a hash of its options."""
     names = [config.dataset.plugin.name, config.attack.plugin.name if config.attack else "clean", config.run.model]
@@ -113,11 +125,7 @@ class _Run:
     def record(self, folder: Path) -> dict[str, Any]:
         """All stages, then the run folder."""
         config = self.config
-        with self.told("data"):
-            with _blamed(config.dataset.plugin):
-                plugin = cast(DatasetPlugin, _instance(config.dataset))
-                dataset = data.load(plugin, config.dataset_argument)
-            clean = data.clean_set(dataset, config.run.clean_fraction, self.context("data"))
+        dataset, clean = self.loaded()
         poisoned, trained, arch = self.attacked(dataset)
         if trained is None:
             trained = self.trained("train", poisoned.train, arch)
@@ -139,6 +147,15 @@ class _Run:
                 plugin = done.chosen.plugin.name
                 files[plugin if part == "model" else f"{plugin}-{part}"] = done.entry.path(part)
         return write_run_folder(folder, record, files, arch, _pictures(dataset.test, poisoned, defended))
+
+    def loaded(self) -> tuple[Dataset, Labelled]:
+        """The data set, and the defender's clean samples."""
+        config = self.config
+        with self.told("data"):
+            with _blamed(config.dataset.plugin):
+                plugin = cast(DatasetPlugin, _instance(config.dataset))
+                dataset = data.load(plugin, config.dataset_argument)
+            return dataset, data.clean_set(dataset, config.run.clean_fraction, self.context("data"))
 
     def attacked(self, dataset: Dataset) -> tuple[Poisoned, Entry | None, Architecture]:
         """The training set as the victim sees it, of which only what the attack changes is stored; the victim where the

@@ -50,6 +50,8 @@ def attacks() -> st.SearchStrategy[Attack]:
         poison_rate=rate,
         amplitude=st.floats(1, 255),
         frequency=st.floats(0.1, 3.9),
+        blend=st.none() | st.floats(0.05, 1),
+        class_rate=st.none() | st.floats(0.05, 1),
     ).map(Sig)
     return patches | blends | stripes
 
@@ -74,7 +76,9 @@ def test_poisoning_keeps_its_promises(attack: Attack, seed: int, count: int, cla
 
     for tensor, kept in zip((clean.train.images, clean.train.labels, clean.test.images), before, strict=True):
         assert torch.equal(tensor, kept)
-    assert int(result.poisoned.sum()) == round(attack.config.poison_rate * count)
+    class_rate = getattr(attack.config, "class_rate", None)
+    asked = attack.config.poison_rate * count if class_rate is None else class_rate * int((before[1] == 0).sum())
+    assert int(result.poisoned.sum()) == round(asked)
     others = ~result.poisoned
     assert torch.equal(result.train.images[others], clean.train.images[others])
     assert torch.equal(result.train.labels[others], clean.train.labels[others])
@@ -114,7 +118,13 @@ def test_another_seed_takes_other_samples():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(
-    "attack", [BadNets(BadNets.Config(pattern="noise")), Blended(Blended.Config()), Sig(Sig.Config())]
+    "attack",
+    [
+        BadNets(BadNets.Config(pattern="noise")),
+        Blended(Blended.Config()),
+        Sig(Sig.Config()),
+        Sig(Sig.Config(blend=0.2)),
+    ],
 )
 def test_a_gpu_poisons_alike(attack: Attack):
     clean, device = dataset(200), torch.device("cuda")
@@ -273,6 +283,14 @@ def test_blended_noise_fills_the_range_and_follows_the_seed():
     assert not torch.equal(one, two)
 
 
+def test_blended_mixes_in_a_fifth_by_default():
+    ends = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 32, 32)
+    black, white = Blended(Blended.Config()).stamp(ends, Context()).double()
+    assert float(black.max()) == 0.2 * 255
+    assert float(white.min()) == 0.8 * 255
+    assert torch.equal(white - black, torch.full_like(white, 0.8 * 255))
+
+
 def test_blended_reads_a_picture(tmp_path: Path):
     colours = np.zeros((20, 30, 3), dtype=np.uint8)
     colours[:, :15] = (200, 100, 50)
@@ -287,6 +305,29 @@ def test_blended_reads_a_picture(tmp_path: Path):
         attack.stamp(images[:, :2], Context())
 
 
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1"])
+def test_blended_reads_pictures_of_any_mode(mode: str, tmp_path: Path):
+    path = tmp_path / ("picture.tiff" if mode == "CMYK" else "picture.png")
+    options: dict = {"transparency": b"\x00\x80"} if mode == "P" else {}
+    Image.new("RGB", (8, 8), "white").convert(mode).save(path, **options)
+    attack = Blended(Blended.Config(alpha=1, picture=path))
+    for channels in (1, 3):
+        result = attack.stamp(torch.zeros(1, channels, 6, 5, dtype=torch.uint8), Context())
+        assert bool((result == 255).all())
+
+
+def test_blended_turns_a_photo_as_its_camera_says(tmp_path: Path):
+    photo = Image.new("L", (10, 10), 0)
+    photo.paste(255, (0, 0, 10, 5))  # white above
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by a quarter: white comes to the right
+    photo.save(tmp_path / "photo.png", exif=exif)
+    attack = Blended(Blended.Config(alpha=1, picture=tmp_path / "photo.png"))
+    result = attack.stamp(torch.zeros(1, 1, 10, 10, dtype=torch.uint8), Context())
+    assert bool((result[..., :5] == 0).all())
+    assert bool((result[..., 5:] == 255).all())
+
+
 def test_blended_says_why_a_picture_cannot_be_read(tmp_path: Path):
     images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
     with pytest.raises(DataError, match=r"there is no file .*none\.png"):
@@ -298,6 +339,9 @@ def test_blended_says_why_a_picture_cannot_be_read(tmp_path: Path):
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:3000])
     with pytest.raises(DataError, match=r"cut\.png cannot be read as an image"):
         Blended(Blended.Config(picture=tmp_path / "cut.png")).stamp(images, Context())
+    Image.fromarray(np.full((8, 8), 30000, dtype=np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(DataError, match=r"deep\.png has more than 8 bits a channel: save it with 8"):
+        Blended(Blended.Config(picture=tmp_path / "deep.png")).stamp(images, Context())
 
 
 @settings(max_examples=30, deadline=None)
@@ -321,9 +365,21 @@ def test_sig_is_the_papers_signal():
     assert float(row.sum().abs()) <= 1
 
 
+@settings(max_examples=30, deadline=None)
+@given(share=st.floats(0.05, 1), frequency=st.floats(0.1, 20), width=st.integers(2, 40), channels=st.integers(1, 4))
+def test_sig_blends_a_wave_of_full_contrast_in(share: float, frequency: float, width: int, channels: int):
+    wave = np.sin(2 * np.pi * np.arange(width) * frequency / width)
+    assume(np.abs(wave).max() > 0.1)
+    images = torch.randint(0, 256, (3, channels, 5, width), dtype=torch.uint8)
+    result = Sig(Sig.Config(blend=share, frequency=frequency)).stamp(images, Context()).numpy().astype(float)
+    exact = (1 - share) * images.numpy() + share * 127.5 * (1 + wave)
+    assert np.abs(result - exact).max() <= 0.5 + 0.5 * share + 1e-4  # the wave is an image of whole values
+
+
 def test_sig_refuses_a_signal_that_is_nowhere():
-    with pytest.raises(DataError, match=r"attack.frequency=16 leaves no signal on images 32 pixels wide"):
-        Sig(Sig.Config(frequency=16)).stamp(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), Context())
+    for blend in (None, 0.2):
+        with pytest.raises(DataError, match=r"attack.frequency=16 leaves no signal on images 32 pixels wide"):
+            Sig(Sig.Config(frequency=16, blend=blend)).stamp(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), Context())
 
 
 def test_sig_cannot_poison_more_than_its_class():
@@ -331,6 +387,8 @@ def test_sig_cannot_poison_more_than_its_class():
     own = int((clean.train.labels == 0).sum())
     with pytest.raises(UsageError, match=f"but sig can poison only {own}"):
         poison(clean, Sig(Sig.Config(poison_rate=0.5)), Context())
+    whole = poison(clean, Sig(Sig.Config(class_rate=1)), Context())
+    assert torch.equal(whole.poisoned, clean.train.labels == 0)
 
 
 @pytest.mark.parametrize(("module", "kind"), [(badnets, BadNets), (blended, Blended), (sig, Sig)])
@@ -352,6 +410,8 @@ def test_hooks_return_the_attacks(module: ModuleType, kind: type[Attack]):
         (Sig.Config, {"amplitude": 256}),
         (Sig.Config, {"amplitude": 0.4}),
         (Sig.Config, {"frequency": 0}),
+        (Sig.Config, {"blend": 0}),
+        (Sig.Config, {"class_rate": 1.1}),
     ],
 )
 def test_bad_options_are_refused(config: type[AttackConfig], options: dict):

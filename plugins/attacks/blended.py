@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from pydantic import Field
 from torch import Tensor
 
@@ -56,7 +56,11 @@ def _read_picture(path: Path, channels: int, height: int, width: int) -> Tensor:
         raise DataError(f"attack.picture needs images of 1 or 3 channels, these have {channels}: leave it out")
     try:
         with Image.open(path) as picture:
-            resized = picture.convert("L" if channels == 1 else "RGB").resize(
+            if picture.mode.startswith(("I", "F")):  # which Pillow would cut off at 255
+                raise DataError(f"attack.picture: {path} has more than 8 bits a channel: save it with 8")
+            # As a viewer turns it; by way of RGBA, because palettes may hold transparency, which is dropped.
+            upright = ImageOps.exif_transpose(picture).convert("RGBA")
+            resized = upright.convert("L" if channels == 1 else "RGB").resize(
                 (width, height), Image.Resampling.BILINEAR
             )
     except FileNotFoundError as error:
