@@ -1,4 +1,4 @@
-"""What MCLDef achieves and costs: `python -m benchmarks.mcldef digits|curve|clean|cifar10 [--data FILE.npz]`.
+"""What MCLDef achieves and costs on the bundled digits: `python -m benchmarks.mcldef digits|curve|clean`.
 
 Each figure comes from an ordinary run, with its record under runs/. Finished stages are cached, so an interrupted table
 goes on where it was; its files are written anew after every run. A run that a defense ends with an error stays in the
@@ -8,8 +8,6 @@ table as that, and no mean is shown over fewer runs than were made.
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
@@ -24,14 +22,6 @@ from benchmarks import report
 FORMS = ("paper", "mixed")
 FRACTIONS = (0.05, 0.1, 0.2)
 
-CIFAR10 = ("attack.target=5", "attack.poison_rate=0.1", "train.epochs=12", "train.lr=0.2", "train.flip=true")
-"""Options of every CIFAR-10 run; all others are defaults, among them 5% clean data."""
-
-PUBLISHED = {"victim": (0.8301, 0.9964), "mcldef": (0.8229, 0.0192)}
-"""BA on nine classes and ASR of the authors' release on CIFAR-10, WRN-16-1, BadNets, target 5 and given."""
-RELEASED_SECONDS = {"inversion": 254, "purification": 64}
-"""Of the released code on 2 CPU cores, fp32, target given."""
-
 Seeded = list[dict[str, Any]]  # one run a seed, as `measure` returns them
 
 
@@ -39,12 +29,9 @@ def main() -> None:
     """Make one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=TABLES)
-    parser.add_argument("--data", type=Path, metavar="FILE.npz", help="CIFAR-10, needed by the table cifar10")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
     parser.add_argument("--threads", type=int, default=2, metavar="N")
     given = parser.parse_args()
-    if (given.table == "cifar10") != (given.data is not None):
-        parser.error("--data FILE.npz is needed by the table cifar10, and by it alone")
     torch.set_num_threads(given.threads)
     TABLES[given.table](given)
 
@@ -89,37 +76,10 @@ def clean(given: argparse.Namespace) -> None:
     collect("mcldef-clean", "MCLDef without an attack, digits", cases, given, tables, notes, no_attack=True)
 
 
-def cifar10(given: argparse.Namespace) -> None:
-    """The published setting, without and with the target given, beside the published figures."""
-    cases = {f"{form} form": (*CIFAR10, f"mcldef.form={form}") for form in FORMS}
-    told = "paper form, target given (oracle)"
-    cases[told] = (*CIFAR10, "mcldef.form=paper", "mcldef.target=5")
-    released = sum(RELEASED_SECONDS.values())
-    notes = [
-        f"WRN-16-1, BadNets with 10% poisons and target 5, 5% clean data; {' '.join(CIFAR10)}.",
-        "Published: the authors' release on its own victim, target given, accuracy without the target class.",
-        f"Released code: {RELEASED_SECONDS['inversion']} s inversion + {RELEASED_SECONDS['purification']} s "
-        "purification on 2 CPU cores, fp32.",
-        "The released inversion runs 100 epochs; ours also ends after 20 without a smaller trigger.",
-    ]
-
-    def tables(found: Mapping[str, Seeded]) -> dict[str, list[dict[str, str]]]:
-        return {
-            "Means": means(found),
-            "Seeds": each_seed(found),
-            "Nine classes, without the target": nine_classes(found),
-            "Seconds with the target given": seconds_beside(found.get(told, []), released),
-        }
-
-    dataset = f"npz:{given.data}"
-    collect("mcldef-cifar10", "MCLDef on CIFAR-10", cases, given, tables, notes, dataset=dataset)
-
-
 TABLES: dict[str, Callable[[argparse.Namespace], None]] = {
     "digits": digits,
     "curve": curve,
     "clean": clean,
-    "cifar10": cifar10,
 }
 
 
@@ -186,34 +146,6 @@ def means(found: Mapping[str, Seeded]) -> list[dict[str, str]]:
         row["verdict right"] = f"{right} of {len(runs)}" if sought else "-"
         rows.append({**row, "seconds": report.show([part(one, "defense", "seconds") for one in runs], 1)})
     return rows
-
-
-def nine_classes(found: Mapping[str, Seeded]) -> list[dict[str, str]]:
-    """BA without the target class and ASR, before and after, the published ones first."""
-    names = ("BA before", "ASR before", "BA after", "ASR after")
-    published = [f"{100 * figure:.2f}" for figure in (*PUBLISHED["victim"], *PUBLISHED["mcldef"])]
-    rows = [{"": "published", **dict(zip(names, published, strict=True))}]
-    for case, runs in found.items():
-        values = [
-            report.show([part(one, whose, figure) for one in runs])
-            for whose in ("victim", "defense")
-            for figure in ("nontarget_accuracy", "asr")
-        ]
-        rows.append({"": f"bdcore, {case}", **dict(zip(names, values, strict=True))})
-    return rows
-
-
-def seconds_beside(runs: Seeded, released: int) -> list[dict[str, str]]:
-    """Inversion and purification together, beside the released code; no row before there is a run to show."""
-    taken = [part(one, "defense", "seconds") for one in runs]
-    if not taken or None in taken:
-        return []
-    device = runs[0]["device"]
-    ours = f"bdcore, {device['name']}, {device['threads']} threads, {device['precision']}"
-    return [
-        {"": "released code", "seconds": str(released), "times faster": "1.0"},
-        {"": ours, "seconds": report.show(taken, 1), "times faster": f"{released / mean(taken):.1f}"},
-    ]
 
 
 def figures(runs: Seeded) -> dict[str, str]:

@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -101,7 +102,7 @@ def show(values: Sequence[float | None], scale: float = 100) -> str:
 
 def surroundings() -> dict[str, Any]:
     """Date, command, machine and versions; of files in the command their names alone."""
-    words = [Path(word).name if os.sep in word else word for word in sys.argv[1:]]
+    words = [re.sub(rf"[^:]*{os.sep}", "", word) for word in sys.argv[1:]]
     cuda = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "date": datetime.now(UTC).date().isoformat(),

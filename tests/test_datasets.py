@@ -99,6 +99,17 @@ def test_npz_reads_what_was_written(tmp_path: Path):
         assert labelled.images.is_contiguous()
 
 
+@pytest.mark.parametrize("limit", [4, 12, 99])
+def test_npz_keeps_the_first_training_images(tmp_path: Path, limit: int):
+    data = Npz(Npz.Config(limit=limit)).load(saved(tmp_path))
+    written = arrays()
+    assert np.array_equal(data.train.images.numpy(), written["x_train"][:limit])  # type: ignore[index]
+    assert data.train.labels.tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2][:limit]
+    assert len(data.test) == 6
+    with pytest.raises(DataError, match="of which y_train has no sample"):
+        Npz(Npz.Config(limit=2)).load(saved(tmp_path))
+
+
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", ">i4", "uint64"])
 def test_npz_takes_any_integer_labels(tmp_path: Path, dtype: str):
     data = load(saved(tmp_path, y_train=(np.arange(12) % 3).astype(dtype), y_test=(np.arange(6) % 3).astype(dtype)))
@@ -248,6 +259,14 @@ def test_cifar10_reads_the_batches_in_order(photographs: tuple[Path, np.ndarray,
     assert np.array_equal(data.test.images.numpy(), pixels[20:].reshape(4, 3, 32, 32))
     assert data.train.labels.tolist() + data.test.labels.tolist() == labels
     assert data.train.images.is_contiguous()
+
+
+def test_cifar10_keeps_the_first_training_images(photographs: tuple[Path, np.ndarray, list[int]]):
+    root, pixels, labels = photographs
+    data = Cifar10(Cifar10.Config(limit=7)).load(str(root))
+    assert np.array_equal(data.train.images.numpy(), pixels[:7].reshape(7, 3, 32, 32))
+    assert data.train.labels.tolist() == labels[:7]
+    assert len(data.test) == 4
 
 
 def test_cifar10_default_folder_is_in_the_cache(

@@ -30,6 +30,7 @@ class Cifar10(DatasetPlugin):
         """Options of CIFAR-10."""
 
         download: bool = Field(False, description="fetch the 163 MiB from the authors' site where they are missing")
+        limit: int | None = Field(None, ge=1, description="how many training images to keep, the first; default all")
 
     config: Config
 
@@ -40,7 +41,10 @@ class Cifar10(DatasetPlugin):
         names, else in the platform's cache folder.
         """
         root = Path(argument).expanduser() if argument else _cache_folder() / "data"
-        return Dataset("cifar10", train=self._part(root, train=True), test=self._part(root, train=False), classes=10)
+        train = self._part(root, train=True)
+        if self.config.limit is not None:
+            train = train.select(torch.arange(min(self.config.limit, len(train))))
+        return Dataset("cifar10", train=train, test=self._part(root, train=False), classes=10)
 
     def _part(self, root: Path, train: bool) -> Labelled:
         try:

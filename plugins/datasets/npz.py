@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 
-from bdcore import DataError, Dataset, DatasetPlugin, Labelled, hookimpl
+from bdcore import DataError, Dataset, DatasetPlugin, Labelled, PluginConfig, hookimpl
 
 _KEYS = ("x_train", "y_train", "x_test", "y_test")
 _CHANNELS = (1, 3)
@@ -27,6 +28,13 @@ class Npz(DatasetPlugin):
 
     name = "npz"
 
+    class Config(PluginConfig):
+        """Options of .npz files."""
+
+        limit: int | None = Field(None, ge=1, description="how many training images to keep, the first; default all")
+
+    config: Config
+
     def load(self, argument: str | None) -> Dataset:
         """Both parts of the file named by `argument`, checked; classes = the largest label + 1."""
         if not argument:
@@ -38,6 +46,8 @@ class Npz(DatasetPlugin):
         shapes = arrays["x_train"].shape[1:], arrays["x_test"].shape[1:]
         if shapes[0] != shapes[1]:
             raise DataError(f"{path}: images of x_train are {list(shapes[0])}, those of x_test {list(shapes[1])}")
+        for name in ("x_train", "y_train"):
+            arrays[name] = arrays[name][: self.config.limit]
         classes = _count_classes(path, arrays["y_train"], arrays["y_test"])
         return Dataset(
             f"npz:{path.stem}",
