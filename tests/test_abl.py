@@ -24,7 +24,7 @@ from bdcore import (
     fit,
     isolation_loss,
 )
-from bdcore.artifacts import Poisoned, Victim, fingerprint
+from bdcore.artifacts import Poisoned, Scores, Victim, fingerprint
 from bdcore.config import resolve
 from bdcore.context import Progress
 from bdcore.errors import UsageError
@@ -59,6 +59,17 @@ def digits(count: int) -> Dataset:
         return Labelled(data.images[:most, :1, ::2, ::2].contiguous(), data.labels[:most])
 
     return Dataset("digits", small(whole.train, count), small(whole.test, 360), 10)
+
+
+def noisy(data: Dataset) -> Dataset:
+    """The same images, with seven parts of noise to three."""
+    generator = torch.Generator().manual_seed(0)
+
+    def mixed(part: Labelled) -> Labelled:
+        static = torch.randint(0, 256, part.images.shape, generator=generator)
+        return Labelled((0.3 * part.images + 0.7 * static).round().to(torch.uint8), part.labels)
+
+    return replace(data, train=mixed(data.train), test=mixed(data.test))
 
 
 def backdoored(data: Dataset, seed: int = 1) -> Poisoned:
@@ -296,39 +307,48 @@ class TestSettings:
 
 
 class TestWhole:
-    @pytest.mark.parametrize("variant", ["paper", "official"])
-    def test_isolates_poisons_and_unlearns_the_backdoor(self, variant: str):
-        data, warned = digits(1000), list[str]()
+    @pytest.mark.parametrize(
+        ("variant", "options", "lowest"),
+        [
+            ("paper", {"unlearning_lr": 1e-3, "unlearning_epochs": 100, "stop_loss": 4.0}, 0.5),
+            ("official", {}, 0.35),
+        ],
+    )
+    def test_isolates_poisons_and_unlearns_the_backdoor(self, variant: str, options: dict[str, float], lowest: float):
+        """On digits that noise makes hard to read, as CIFAR-10 is: otherwise they are learnt as fast as the poisons."""
+        data, warned, before = noisy(digits(1000)), list[str](), list[Scores]()
         poisoned = backdoored(data)
-        outcome = run(
-            poisoned.train,
-            Context(seed=1, warn=warned.append),
-            variant=variant,
-            flip=False,
-            isolation_epochs=10,
-            isolation_rate=0.03,
-            finetuning_epochs=6,
-            unlearning_lr=1e-3,
-            unlearning_epochs=100,
-            stop_loss=2.3,
-        )
+
+        class Judged(ABL):
+            def unlearn(self, model: nn.Module, *rest: Any) -> None:
+                before.append(evaluate(model, data.test, poisoned.triggered, poisoned.target, Context()))
+                super().unlearn(model, *rest)
+
+        schedule: dict[str, Any] = {"isolation_epochs": 4, "finetuning_epochs": 6, "isolation_rate": 0.03}
+        defense = Judged(Judged.Config(variant=variant, flip=False, **schedule, **options))
+        given = DefenseInput(10, suspect=poisoned.train, arch=architecture("wrn10_1", poisoned.train, 10))
+        outcome = defense(given, Context(seed=1, warn=warned.append))
         assert outcome.suspects is not None
         assert outcome.model is not None
         found = isolation(outcome.suspects, poisoned.poisoned)
         assert found.isolated == 30
         assert found.precision is not None
-        assert found.precision >= 0.9
+        assert found.precision >= 0.85
         assert found.auroc is not None
         assert found.auroc > 0.9
-        scores = evaluate(outcome.model, data.test, poisoned.triggered, poisoned.target, Context())
-        assert scores.asr is not None
-        assert scores.asr < 0.15, "it would be near 1 without the unlearning"
-        assert scores.clean_accuracy > 0.8
+        after = evaluate(outcome.model, data.test, poisoned.triggered, poisoned.target, Context())
+        assert before[0].asr is not None
+        assert after.asr is not None
+        assert before[0].asr > 0.9
+        assert after.asr < 0.2
+        assert after.clean_accuracy > lowest
         assert not outcome.model.training
         assert warned == []
-        notes = outcome.notes
-        assert (notes["variant"], notes["isolation_epochs"], notes["isolated"]) == (variant, 10, 30)
-        assert float(notes["accuracy_finetuned"]) > 0.95
+        assert (outcome.notes["variant"], outcome.notes["isolation_epochs"], outcome.notes["isolated"]) == (
+            variant,
+            4,
+            30,
+        )
 
     def test_a_collapse_is_said(self):
         warned: list[str] = []

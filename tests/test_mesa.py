@@ -413,6 +413,7 @@ def test_a_trained_victim():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_digits_with_defaults(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The whole run of a newcomer, with the control beside it."""
@@ -434,6 +435,7 @@ def test_digits_with_defaults(seed: int, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_clean_model_is_left_alone(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("BDCORE_CACHE", str(tmp_path / "cache"))

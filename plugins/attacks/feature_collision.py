@@ -18,8 +18,8 @@ Deviations from the paper:
 - beta is a number of its own, not derived from the numbers of pixels and features.
 - The watermark is stronger, 0.5 for the paper's 0.3. Its victim is to mistake one image, ours has to learn the patch
   from scratch, and learns it where poisons show enough of it over enough of another class. On 10,000 images of
-  CIFAR-10, 10 epochs of WRN-16-1, half of the target class poisoned, ASR was 96% with 0.5 and 5% with 0.3; with the
-  watermark in the patch's place alone it was 6% with 0.5 and 77% with 1.
+  CIFAR-10, 10 epochs of WRN-16-1, half of the target class poisoned, ASR was 100%; with a watermark of 0.3 and half
+  the beta it had been 5%. On the digits ASR is 0%: the perturbation itself is easier to learn there than the patch.
 """
 
 import torch
