@@ -341,7 +341,7 @@ class TestWhole:
     def test_recipe_is_the_published_one(self, monkeypatch: pytest.MonkeyPatch):
         recipes: dict[str, Recipe] = {}
 
-        def noted(phase: str, module: nn.Module, columns: Any, loss: Any, recipe: Recipe, *rest: Any) -> None:
+        def noted(phase: str, module: nn.Module, columns: Any, loss: Any, recipe: Recipe, *rest: Any, **more: Any):
             recipes[phase] = recipe
 
         monkeypatch.setattr(mcldef, "fit", noted)
