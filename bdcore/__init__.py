@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         Triggered,
         Verdict,
     )
-    from bdcore.context import Context
+    from bdcore.context import Context, Progress
     from bdcore.contract import (
         Attack,
         AttackConfig,
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         CleanLabelConfig,
         DatasetPlugin,
         Defense,
+        Observer,
         PluginConfig,
     )
     from bdcore.errors import DataError, DefenseError, UsageError
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
         model_contrastive_loss,
         put_trigger,
     )
+    from bdcore.samples import Samples, read_npz, read_samples
     from bdcore.training import Batch, Recipe, fit, forward_batches, frozen_copy
 
 _HOME = {
@@ -56,6 +58,7 @@ _HOME = {
     "Triggered": "artifacts",
     "Verdict": "artifacts",
     "Context": "context",
+    "Progress": "context",
     "Attack": "contract",
     "AttackConfig": "contract",
     "AttackInput": "contract",
@@ -63,6 +66,7 @@ _HOME = {
     "CleanLabelConfig": "contract",
     "DatasetPlugin": "contract",
     "Defense": "contract",
+    "Observer": "contract",
     "PluginConfig": "contract",
     "DataError": "errors",
     "DefenseError": "errors",
@@ -77,6 +81,9 @@ _HOME = {
     "lowest_k": "ops",
     "model_contrastive_loss": "ops",
     "put_trigger": "ops",
+    "Samples": "samples",
+    "read_npz": "samples",
+    "read_samples": "samples",
     "Batch": "training",
     "Recipe": "training",
     "fit": "training",
@@ -101,9 +108,12 @@ __all__ = [
     "DefenseInput",
     "Labelled",
     "LowestK",
+    "Observer",
     "Outcome",
     "PluginConfig",
+    "Progress",
     "Recipe",
+    "Samples",
     "Suspects",
     "Trigger",
     "Triggered",
@@ -121,6 +131,8 @@ __all__ = [
     "lowest_k",
     "model_contrastive_loss",
     "put_trigger",
+    "read_npz",
+    "read_samples",
     "split_head",
 ]
 

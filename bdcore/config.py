@@ -1,6 +1,6 @@
 """What one run does, resolved from class defaults, a TOML file and the command line, with every option checked.
 
-A configuration file has this form; every key is optional, and each defense's table is named after the defense:
+A configuration file has this form; every key is optional, and the table of a defense or observer is named after it:
 
     plugins = ["badnets", "mcldef"]   # as --plugin, in order
     no_attack = false
@@ -13,7 +13,7 @@ A configuration file has this form; every key is optional, and each defense's ta
     [train]                           # Recipe: how the victim is trained
     [mcldef]                          # options of that defense
 
-`RunConfig.record()` has the same form, so what a run recorded can be run again.
+`RunConfig.record()` has the same form, so what a run recorded can be run again; it leaves out who looked on.
 """
 
 import re
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, Field, ValidationError
 
-from bdcore.contract import Attack, DatasetPlugin, Plugin, PluginConfig
+from bdcore.contract import Attack, DatasetPlugin, PluginConfig
 from bdcore.errors import UsageError, unknown_name
 from bdcore.models import check_name
 from bdcore.training import Recipe
@@ -41,14 +41,19 @@ _NUMBERS: tuple[object, ...] = (int, float)
 Options = TypeVar("Options", bound=BaseModel)
 
 
-class RunSettings(PluginConfig):
-    """Options of the run itself, the keys `run.*`."""
+class Settings(PluginConfig):
+    """Where and how to compute, and from which seed."""
 
     seed: int = Field(0, ge=0, le=2**31 - 1, description="seed from which everything random follows")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="of training; auto: bf16 where the device computes it natively, else fp32"
     )
+
+
+class RunSettings(Settings):
+    """Options of the run itself, the keys `run.*`."""
+
     model: str = Field("wrn16_1", description="architecture of the victim")
     victim: Literal["trained", "fine_tuned"] = Field(
         "trained",
@@ -69,7 +74,10 @@ class Chosen:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that one run needs to know; `attack` is None where the training set stays clean."""
+    """Everything that one run needs to know; `attack` is None where the training set stays clean.
+
+    `observers` and `out` change no number and are no part of the record.
+    """
 
     run: RunSettings
     dataset: Chosen
@@ -77,6 +85,7 @@ class RunConfig:
     attack: Chosen | None
     train: Recipe
     defenses: tuple[Chosen, ...]
+    observers: tuple[Chosen, ...] = ()
     out: Path | None = None
 
     def record(self) -> dict[str, Any]:
@@ -113,7 +122,8 @@ def resolve(
 
     Args:
         host: loads the plugins.
-        plugins: names of any kind: at most one data set and one attack, defenses in order. They replace the file's.
+        plugins: names of any kind: at most one data set and one attack, defenses in order, observers. They replace
+            the file's.
         dataset: NAME or NAME:ARGUMENT.
         model, seed, device, precision: `run.*`; None where the command line is silent.
         no_attack: leave the training set clean.
@@ -129,11 +139,12 @@ def resolve(
     loaded, argument = _choose_dataset(host, named, dataset, written, by_flag=bool(plugins))
     attack = _choose_attack(host, named, no_attack or written.no_attack)
     defenses = [plugin for plugin in named if plugin.kind == "defense"]
+    observers = [plugin for plugin in named if plugin.kind == "observer"]
 
     sections = {"run": "run", "train": "train", "dataset": "dataset", loaded.name: "dataset"}
     if attack:
         sections |= {"attack": "attack", attack.name: "attack"}
-    sections |= {defense.name: defense.name for defense in defenses}
+    sections |= {plugin.name: plugin.name for plugin in (*defenses, *observers)}
 
     flags = {"seed": seed, "device": device, "precision": precision, "model": model}
     levels = [
@@ -147,19 +158,63 @@ def resolve(
         for section, options in _by_section(level, sections, host).items():
             given[section] |= options
 
+    def configured(plugin: "Loaded", section: str) -> Chosen:
+        return Chosen(plugin, _validate(plugin.cls.Config, section, given[section]))
+
     run = _validate(RunSettings, "run", given["run"])
     check_name(run.model)
     if run.victim == "fine_tuned":
         _check_fine_tuned(attack)
     return RunConfig(
         run=run,
-        dataset=Chosen(loaded, _validate(_class(loaded).Config, "dataset", given["dataset"])),
+        dataset=configured(loaded, "dataset"),
         dataset_argument=argument,
-        attack=Chosen(attack, _validate(_class(attack).Config, "attack", given["attack"])) if attack else None,
+        attack=configured(attack, "attack") if attack else None,
         train=_validate(Recipe, "train", given["train"]),
-        defenses=tuple(Chosen(one, _validate(_class(one).Config, one.name, given[one.name])) for one in defenses),
+        defenses=tuple(configured(one, one.name) for one in defenses),
+        observers=tuple(configured(one, one.name) for one in observers),
         out=out,
     )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Defenses and observers with their options, for a model or data of the user's own."""
+
+    settings: Settings
+    defenses: tuple[Chosen, ...]
+    observers: tuple[Chosen, ...]
+
+
+def choose(host: "Host", plugins: Sequence[str], settings: Sequence[str], flags: Mapping[str, object | None]) -> Choice:
+    """Load defenses and observers and check their options, where there is no run with an attack and a data set.
+
+    Args:
+        plugins: names.
+        settings: KEY=VALUE texts; KEY is NAME.OPTION or run.OPTION.
+        flags: options of `Settings` by name; None where the command line is silent.
+
+    Raises:
+        UsageError: as `resolve`, and for a plugin of another kind.
+    """
+    named = [host.load(name) for name in _once(plugins)]
+    for plugin in named:
+        if plugin.kind not in ("defense", "observer"):
+            raise UsageError(
+                f"plugin {plugin.name!r} is of kind {plugin.kind}: a model or data of your own is put before defenses "
+                "alone. `bdcore run` has attacks and data sets."
+            )
+    sections = {"run": "run"} | {plugin.name: plugin.name for plugin in named}
+    level = [_Given("run", key, value, f"--{key} {value}") for key, value in flags.items() if value is not None]
+    given = {section: dict[str, _Given]() for section in sections}
+    given |= _by_section([*level, *map(_parse_setting, settings)], sections, host)
+    chosen = {
+        kind: tuple(
+            Chosen(one, _validate(one.cls.Config, one.name, given[one.name])) for one in named if one.kind == kind
+        )
+        for kind in ("defense", "observer")
+    }
+    return Choice(_validate(Settings, "run", given["run"]), chosen["defense"], chosen["observer"])
 
 
 @dataclass(frozen=True)
@@ -185,10 +240,12 @@ class _File:
 
 def _read_file(path: Path) -> _File:
     try:
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path} is no file: --config names one of text in the form of TOML.")
         content = tomllib.loads(path.read_text("utf-8"))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError(f"{path} is no valid TOML: {error}.") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UsageError(f"cannot read the configuration file {path}: {error}.") from error
 
     plugins, no_attack = content.pop("plugins", []), content.pop("no_attack", False)
@@ -261,18 +318,12 @@ def _choose_attack(host: "Host", named: Sequence["Loaded"], no_attack: bool) -> 
 def _check_fine_tuned(attack: "Loaded | None") -> None:
     if attack is None:
         raise UsageError("run.victim=fine_tuned: a run without attack has nothing to fine-tune a classifier with.")
-    if cast(type[Attack], _class(attack)).controls_training:
+    if cast(type[Attack], attack.cls).controls_training:
         raise UsageError(f"run.victim=fine_tuned: attack {attack.name!r} trains the victim itself; leave it out.")
 
 
-def _class(plugin: "Loaded") -> type[Plugin]:
-    """The class that a data set, attack or defense brings."""
-    assert plugin.cls is not None, f"{plugin.kind} {plugin.name} has no class"
-    return plugin.cls
-
-
 def _train_defaults(dataset: "Loaded") -> list[_Given]:
-    defaults = cast(type[DatasetPlugin], _class(dataset)).train_defaults
+    defaults = cast(type[DatasetPlugin], dataset.cls).train_defaults
     source = f"train_defaults of data set {dataset.name!r}"
     return [_Given("train", key, value, f"{source}: {key} = {value!r}") for key, value in defaults.items()]
 
@@ -291,7 +342,7 @@ def _parse_value(text: str) -> object:
     """A TOML value where `text` is one (quoted strings, numbers, booleans, arrays, tables), else `text` itself."""
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # no TOML, a number of more digits than Python takes, or nested too deeply
         return text
     value = cast(object, parsed["value"])
     single = len(parsed) == 1 and isinstance(value, str | bool | int | float | list | dict)

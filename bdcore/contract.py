@@ -1,4 +1,4 @@
-"""The classes that plugins subclass: one for data sets, one for attacks, one for defenses.
+"""The classes that plugins subclass: one for data sets, one for attacks, one for defenses, one for observers.
 
 A plugin module holds such a class and a hook that returns it:
 
@@ -76,8 +76,8 @@ class DatasetPlugin(Plugin, ABC):
 class AttackConfig(PluginConfig):
     """Options that every attack has."""
 
-    target: int = Field(0, ge=0, description="class that the attacker wants triggered images to be given")
-    poison_rate: float = Field(0.1, ge=0, le=1, description="share of the training set that is poisoned")
+    target: int = Field(default=0, ge=0, description="class that the attacker wants triggered images to be given")
+    poison_rate: float = Field(default=0.1, ge=0, le=1, description="share of the training set that is poisoned")
 
 
 @dataclass(frozen=True)
@@ -198,3 +198,17 @@ class Defense(Plugin, ABC):
     @abstractmethod
     def __call__(self, given: DefenseInput, context: Context) -> Outcome:
         """Defend. Raises DefenseError where no honest answer is possible; returns within the threat model only."""
+
+    def inspect(self, given: DefenseInput, context: Context) -> Outcome:
+        """Say whether there is a backdoor, and defend no further: what `bdcore scan` asks for. An Outcome with a
+        verdict, and the triggers that it rests on; by default all of the defense is done."""
+        return self(given, context)
+
+
+class Observer(Plugin):
+    """Looks on: its methods marked with `@hookimpl`, named after the hooks that observe, are called as a run goes on.
+
+    It is chosen as other plugins are, with `--plugin NAME`, changes no number, and is no part of the record or of what
+    results are cached by. An error of `bdcore_run_started`, or as it is made, ends the run before any work; a later one
+    is a warning, and the observer hears no more. It is told of a failure only of runs that it was told have started.
+    """

@@ -1,13 +1,14 @@
 """The contract with plugins. Adding a hook or an argument is a minor version, removing one a major."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 if TYPE_CHECKING:
     from bdcore.context import Progress
-    from bdcore.contract import Attack, DatasetPlugin, Defense
+    from bdcore.contract import Attack, DatasetPlugin, Defense, Observer
 
 hookspec = pluggy.HookspecMarker("bdcore")
 hookimpl = pluggy.HookimplMarker("bdcore")
@@ -32,13 +33,19 @@ def bdcore_defense() -> "type[Defense]":
 
 
 @hookspec
-def bdcore_run_started(config: Mapping[str, Any]) -> None:
-    """Observe that a run begins, with its resolved configuration."""
+def bdcore_observer() -> "type[Observer]":
+    """Return the observer class that the entry point's name selects."""
+    raise AssertionError("a specification, never called")
+
+
+@hookspec
+def bdcore_run_started(config: Mapping[str, Any], run_id: str, folder: Path) -> None:
+    """Observe that a run begins, with its resolved configuration, its name, and the folder it will be written to."""
 
 
 @hookspec
 def bdcore_epoch_finished(stage: str, progress: "Progress") -> None:
-    """Observe a finished epoch of `stage` ("train", or "defend NAME")."""
+    """Observe a finished epoch of `stage` ("surrogate", "poison", "train" or "defend NAME")."""
 
 
 @hookspec

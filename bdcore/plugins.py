@@ -10,7 +10,7 @@ import inspect
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -25,17 +25,22 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.utils import canonicalize_name
 
 from bdcore import hookspecs
-from bdcore.errors import PluginError, unknown_name
+from bdcore.errors import BdcoreError, PluginError, unknown_name
 
 if TYPE_CHECKING:
     from bdcore.contract import Plugin
 
 GROUP = "bdcore"
 
-KINDS = {"bdcore_dataset": "dataset", "bdcore_attack": "attack", "bdcore_defense": "defense"}
-"""Provider hooks and the kind of plugin that implements each; one that only observes has kind "observer"."""
+KINDS = {
+    "bdcore_dataset": "dataset",
+    "bdcore_attack": "attack",
+    "bdcore_defense": "defense",
+    "bdcore_observer": "observer",
+}
+"""Provider hooks and the kind of plugin that implements each; every other hook is one that observers listen to."""
 
-RESERVED = frozenset({"dataset", "attack", "train", "run", "victim", "record"})
+RESERVED = frozenset({"dataset", "attack", "train", "run", "victim", "poison", "features", "record"})
 """Names no plugin may have: they begin keys of `--set` or name files of a run's folder that are not a plugin's."""
 
 
@@ -65,7 +70,7 @@ class Loaded:
         name, distribution, version: as in its metadata.
         kind: "dataset", "attack", "defense" or "observer".
         code: SHA-256 of its source: the module's file, or every .py file beneath it where it is a package.
-        cls: the class that its hook returned; None for an observer.
+        cls: the class that its hook returned.
     """
 
     name: str
@@ -73,11 +78,11 @@ class Loaded:
     distribution: str
     version: str
     code: str
-    cls: "type[Plugin] | None"
+    cls: "type[Plugin]"
 
 
 class Host:
-    """The plugins of one run. `hook` calls the hooks of those that were loaded or handed to `observe`."""
+    """The plugins of one run. `hook` tells those that observe it what happens."""
 
     def __init__(self) -> None:
         self._manager = pluggy.PluginManager("bdcore")
@@ -104,7 +109,7 @@ class Host:
             raise PluginError(f"{unknown_name('plugin', name, self._offers)} `bdcore plugins` lists them.")
         if name not in self._loaded:
             found = self._only(name)
-            _check_name(found)
+            check_name(found)
             _check_version(found)
             self._loaded[name] = self._import(found)
         loaded = self._loaded[name]
@@ -123,6 +128,10 @@ class Host:
         """
         self._manager.register(observer)
         self._manager.check_pending()
+
+    def dismiss(self, observer: object) -> None:
+        """Call no more hook of an object that was handed to `observe`."""
+        self._manager.unregister(observer)
 
     def listing(self) -> list[dict[str, str | None]]:
         """One row a plugin: name, kind, distribution, version, status, which is "ok" or the reason in one line.
@@ -179,31 +188,25 @@ class Host:
                 raise
             raise _Refused(found, explain(error, found.value), _advice(error, found)) from error
 
-    def _provided(self, found: Found, module: ModuleType) -> "tuple[str, type[Plugin] | None]":
+    def _provided(self, found: Found, module: ModuleType) -> "tuple[str, type[Plugin]]":
         """The kind of a registered plugin and its class, checked against the contract."""
-        callers = self._manager.get_hookcallers(module) or []
-        try:
-            self._manager.check_pending()
-        except pluggy.PluginValidationError as error:
-            unknown = [caller.name for caller in callers if not caller.has_spec()]
-            hooks = [name for name in vars(hookspecs) if name.startswith("bdcore_")]
-            reason = " ".join(unknown_name("hook", name, hooks) for name in unknown)
-            raise _Refused(found, reason, f"Rename it in {found.value}, or upgrade bdcore if it is new.") from error
-
-        providers = [caller for caller in callers if caller.name in KINDS]
+        callers = _hooks(found, self._manager, module)
         if not callers:
             raise _Refused(found, f"{found.value} implements no hook", "Mark one with `@bdcore.hookimpl`.")
-        if not providers:
-            return "observer", None
-        if len(providers) > 1:
-            names = " and ".join(sorted(caller.name for caller in providers))
+        observing = [caller.name for caller in callers if caller.name not in KINDS]
+        if observing:
+            reason = f"{found.value} implements {' and '.join(observing)} as a function of the module"
+            advice = "Make it a method of a class that inherits bdcore.Observer, and return that from bdcore_observer."
+            raise _Refused(found, reason, advice)
+        if len(callers) > 1:
+            names = " and ".join(sorted(caller.name for caller in callers))
             raise _Refused(found, f"{found.value} implements {names}", "Give each its own module and entry point.")
 
-        hook = providers[0].name
-        others = [impl.plugin for impl in providers[0].get_hookimpls() if impl.plugin is not module]
+        hook = callers[0].name
+        others = [impl.plugin for impl in callers[0].get_hookimpls() if impl.plugin is not module]
         answers: list[Any] = self._manager.subset_hook_caller(hook, others)()
         kind = KINDS[hook]
-        return kind, _check_class(found, kind, hook, answers[0] if answers else None)
+        return kind, check_class(found, kind, hook, answers[0] if answers else None)
 
 
 def explain(error: BaseException, module: str) -> str:
@@ -212,6 +215,27 @@ def explain(error: BaseException, module: str) -> str:
     what = f"{type(error).__name__}: {message}" if message else type(error).__name__
     places = list(_places(error, module))
     return f"{what} (at {places[-1]})" if places else what
+
+
+@contextlib.contextmanager
+def blamed(plugin: Loaded) -> Generator[None]:
+    """Turn what goes wrong inside a plugin into one error that says whose it is and where.
+
+    Raises:
+        BdcoreError: with the plugin's name; one that the plugin raises itself stays as it is.
+    """
+    try:
+        yield
+    except BdcoreError:
+        raise
+    except (Exception, SystemExit) as error:  # a plugin that exits has not finished
+        raise BdcoreError(f"{failure(plugin, error)}. Report it to its authors; --traceback shows all.") from error
+
+
+def failure(plugin: Loaded, error: BaseException) -> str:
+    """Which plugin failed, how and where, without a full stop."""
+    where = explain(error, plugin.cls.__module__)
+    return f"{plugin.kind} {plugin.name!r} of {plugin.distribution} {plugin.version} failed: {where}"
 
 
 class _Refused(PluginError):
@@ -225,7 +249,8 @@ class _Refused(PluginError):
         )
 
 
-def _check_name(found: Found) -> None:
+def check_name(found: Found) -> None:
+    """Raise PluginError where the plugin has a name that none may have."""
     if found.name in RESERVED or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", found.name):
         reason = f"{found.name!r} cannot be the name of a plugin"
         rule = f"Names are letters, digits, - and _, begin with a letter, and are not {', '.join(sorted(RESERVED))}."
@@ -262,19 +287,24 @@ def _requirement(dist: Distribution) -> str | None:
     return ",".join(filter(None, specifiers)) or None
 
 
-def _check_class(found: Found, kind: str, hook: str, answer: object) -> "type[Plugin]":
+def check_class(found: Found, kind: str, hook: str, answer: object) -> "type[Plugin]":
     """The class that a provider hook returned, if it is as the contract says."""
     from bdcore import contract
     from bdcore.artifacts import Need
 
-    base = {"dataset": contract.DatasetPlugin, "attack": contract.Attack, "defense": contract.Defense}[kind]
+    base = {
+        "dataset": contract.DatasetPlugin,
+        "attack": contract.Attack,
+        "defense": contract.Defense,
+        "observer": contract.Observer,
+    }[kind]
     if not (isinstance(answer, type) and issubclass(answer, base)):
         reason = f"{hook} returned {answer!r}, which is no subclass of bdcore.{base.__name__}"
         raise _Refused(found, reason, f"Return a class that inherits bdcore.{base.__name__}.")
 
     where = f"class {answer.__name__}"
     if inspect.isabstract(answer):
-        missing = ", ".join(sorted(answer.__abstractmethods__))
+        missing = ", ".join(sorted(vars(answer)["__abstractmethods__"]))
         raise _Refused(found, f"{where} is incomplete", f"Define {missing}.")
     name: object = getattr(answer, "name", None)
     if name != found.name:
@@ -293,7 +323,40 @@ def _check_class(found: Found, kind: str, hook: str, answer: object) -> "type[Pl
         unknown = sorted(set(answer.needs) - set(get_args(Need)))
         if unknown:
             raise _Refused(found, unknown_name("need", unknown[0], get_args(Need)), f"Correct `needs` of {where}.")
+    if issubclass(answer, contract.Observer):
+        _check_observer(found, answer)
     return answer
+
+
+def _check_observer(found: Found, cls: type) -> None:
+    """Refuse a class that would hear nothing, not what it seems to ask for, or more than observers are told."""
+    manager = pluggy.PluginManager("bdcore")
+    manager.add_hookspecs(hookspecs)
+    manager.register(cls)
+    callers = _hooks(found, manager, cls)
+    where = f"class {cls.__name__}"
+    unmarked = sorted({name for name in dir(cls) if name.startswith("bdcore_")} - {caller.name for caller in callers})
+    if unmarked:
+        raise _Refused(found, f"{where} does not mark {' and '.join(unmarked)}", "Put `@bdcore.hookimpl` before it.")
+    heard = [caller for caller in callers if caller.name not in KINDS]
+    if not heard or len(heard) < len(callers):
+        hooks = ", ".join(name for name in vars(hookspecs) if name.startswith("bdcore_") and name not in KINDS)
+        raise _Refused(found, f"the methods of {where} are not observing hooks alone", f"Those are {hooks}.")
+    if any(impl.wrapper or impl.hookwrapper for caller in heard for impl in caller.get_hookimpls()):
+        raise _Refused(found, f"{where} wraps a hook", "An observer looks on; mark it with `@bdcore.hookimpl` alone.")
+
+
+def _hooks(found: Found, manager: pluggy.PluginManager, registered: object) -> list[pluggy.HookCaller]:
+    """The hooks that a registered module or class implements, each one of ours with arguments that it has."""
+    callers = manager.get_hookcallers(registered) or []
+    try:
+        manager.check_pending()
+    except pluggy.PluginValidationError as error:
+        unknown = [caller.name for caller in callers if not caller.has_spec()]
+        hooks = [name for name in vars(hookspecs) if name.startswith("bdcore_")]
+        reason = " ".join(unknown_name("hook", name, hooks) for name in unknown)
+        raise _Refused(found, reason, f"Rename it in {found.value}, or upgrade bdcore if it is new.") from error
+    return callers
 
 
 def _source_hash(module: ModuleType) -> str:

@@ -1,11 +1,12 @@
 """A run's record and folder: what was done, what it achieved and cost, and the models."""
 
+import contextlib
 import errno
 import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from io import BytesIO
@@ -14,15 +15,16 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from bdcore.artifacts import Architecture, Dataset, Poisoned, Recovered, Scores, Suspects, Verdict
 from bdcore.config import Chosen, RunConfig
 from bdcore.errors import StoreError, UsageError
 from bdcore.machine import processor_name
 from bdcore.stages.evaluate import defense_effectiveness, isolation, target_rank, verdict_correct
-from bdcore.store import Entry, sha256_file, write_bytes, write_json
+from bdcore.store import Entry, save_tensors, sha256_file, write_bytes, write_json
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -47,25 +49,18 @@ def make_record(
     device: torch.device,
     precision: str,
     operators: str,
+    curves: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The record without its artifacts: JSON values, figures as fractions of 1, null where nothing can be measured."""
     attacks = [config.attack] if config.attack else []
     plugins = [config.dataset, *attacks, *config.defenses]
     return {
         "schema": SCHEMA,
+        "command": "run",
         "run": {"id": run_id},
         "config": config.record(),
         "seed": config.run.seed,
-        "plugins": [
-            {
-                "name": chosen.plugin.name,
-                "kind": chosen.plugin.kind,
-                "distribution": chosen.plugin.distribution,
-                "version": chosen.plugin.version,
-                "oracle": list(oracles.get(chosen.plugin.name, ())),
-            }
-            for chosen in plugins
-        ],
+        "plugins": described(plugins, oracles),
         "dataset": {
             "name": dataset.name,
             "train": len(dataset.train),
@@ -76,6 +71,29 @@ def make_record(
         "poison": _poison(poisoned),
         "victim": {**asdict(victim), **trained.payload["cost"]},
         "defenses": [_defense(done, victim, poisoned) for done in defended],
+        "curves": dict(curves),
+        **made_with(device, precision, operators),
+    }
+
+
+def described(plugins: Iterable[Chosen], oracles: Mapping[str, tuple[str, ...]]) -> list[dict[str, Any]]:
+    """Each plugin with who ships it, what it was given where it is a defense, and what it was told beyond that."""
+    return [
+        {
+            "name": chosen.plugin.name,
+            "kind": chosen.plugin.kind,
+            "distribution": chosen.plugin.distribution,
+            "version": chosen.plugin.version,
+            "needs": sorted(getattr(chosen.plugin.cls, "needs", ())),
+            "oracle": list(oracles.get(chosen.plugin.name, ())),
+        }
+        for chosen in plugins
+    ]
+
+
+def made_with(device: torch.device, precision: str, operators: str) -> dict[str, Any]:
+    """Versions and device."""
+    return {
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("bdcore", "torch", "torchvision", "numpy", "scikit-learn")},
@@ -90,16 +108,19 @@ def make_record(
     }
 
 
-def check_folder(folder: Path, config: RunConfig) -> None:
-    """Raise, before any work, where the run folder holds another run or cannot be written."""
+def check_folder(folder: Path, asked: Mapping[str, Any]) -> None:
+    """Raise, before any work, where the folder holds the record of something else, or cannot be written; it is not made
+    yet."""
     path = folder / "record.json"
+    absent: list[Path] = []
     try:
+        absent = [place for place in (folder, *folder.parents) if not place.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
         if path.exists():
             known = json.loads(path.read_text("utf-8"))
-            if not isinstance(known, dict) or known.get("config") != config.record():
+            if not isinstance(known, dict) or known.get("config") != asked:
                 raise UsageError(
                     f"{path} is the record of a run with other options. Choose another --out, or remove it."
                 )
@@ -107,21 +128,27 @@ def check_folder(folder: Path, config: RunConfig) -> None:
         raise UsageError(f"{path} is no record of a run ({error}). Choose another --out, or remove it.") from error
     except OSError as error:
         raise StoreError(f"the run folder {folder} cannot be used: {error}. Choose another with --out.") from error
+    finally:
+        for place in absent:
+            with contextlib.suppress(OSError):  # another process has begun to use it
+                place.rmdir()
 
 
 def write_run_folder(
     folder: Path,
     record: Mapping[str, Any],
     files: Mapping[str, Path],
+    tensors: Mapping[str, Mapping[str, Tensor]],
     arch: Architecture,
     pictures: Mapping[str, Image.Image],
 ) -> dict[str, Any]:
-    """Write models, triggers and suspects as NAME.safetensors, each model's form as NAME.json, pictures as
+    """Write the files of stages and further tensors as NAME.safetensors, each model's form as NAME.json, pictures as
     NAME.png, and last the record.
 
     Returns:
         The record with its artifacts and figures, paths relative to the folder.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     artifacts: dict[str, dict[str, str]] = {}
     for name, source in files.items():
         target = folder / f"{name}.safetensors"
@@ -130,6 +157,9 @@ def write_run_folder(
         if source.stem == "model":
             manifest = {"format": "safetensors", "arch": asdict(arch), **artifacts[name], "run": record["run"]["id"]}
             write_json(folder / f"{name}.json", manifest)
+    for name, content in tensors.items():
+        target = folder / f"{name}.safetensors"
+        artifacts[name] = {"path": target.name, "sha256": save_tensors(target, content)}
     figures: dict[str, str] = {}
     for name, picture in pictures.items():
         encoded = BytesIO()
@@ -169,6 +199,7 @@ def _poison(poisoned: Poisoned) -> dict[str, Any] | None:
         "count": int(poisoned.poisoned.sum()),
         "rate": float(poisoned.poisoned.double().mean()),
         "class_rate": float(of_target.double().mean()) if of_target is not None and len(of_target) else None,
+        "triggered": len(poisoned.triggered.images),
     }
 
 

@@ -13,19 +13,20 @@ import shutil
 import socket
 import uuid
 import warnings
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import platformdirs
 import safetensors
-import safetensors.torch
 from filelock import FileLock, Timeout
-from torch import Tensor
 
 from bdcore.errors import StoreError
+
+if TYPE_CHECKING:  # torch is imported where tensors are at hand: what only reads and writes files starts without it
+    from torch import Tensor
 
 _SCHEMA = 1
 
@@ -34,7 +35,7 @@ class Damaged(StoreError):
     """A file is not what was written: truncated, altered or missing."""
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+def save_tensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None) -> str:
     """Write a safetensors file atomically; equal tensors and metadata give equal bytes.
 
     Tensors may be on any device, non-contiguous, or views of one memory: each is stored whole and contiguous.
@@ -45,6 +46,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     Raises:
         StoreError: the file cannot be written; what stood at `path` before is untouched.
     """
+    import safetensors.torch
+
     content = safetensors.torch.save(_separate(tensors))
     # The library writes metadata in random order, so this header is put together here: sorted, and padded to 8 bytes.
     end = 8 + int.from_bytes(content[:8], "little")
@@ -54,7 +57,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     return write_bytes(path, len(text).to_bytes(8, "little"), text, memoryview(content)[end:])
 
 
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def load_tensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, str]]:
     """The tensors (on the CPU) and metadata of a safetensors file.
 
     Raises:
@@ -62,7 +65,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         StoreError: it cannot be read.
     """
     try:
-        with _explained(path, "read"), safetensors.safe_open(path, framework="pt") as file:
+        with explained(path, "read"), safetensors.safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except safetensors.SafetensorError as error:
         raise Damaged(f"{path} is damaged, or no safetensors file: {error}. Remove it and write it anew.") from error
@@ -85,7 +88,7 @@ def write_json(path: Path, value: Any) -> str:
 
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file, as hex digits. Raises StoreError where it cannot be read."""
-    with _explained(path, "read"), open(path, "rb") as file:
+    with explained(path, "read"), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -113,7 +116,7 @@ class Entry:
     payload: dict[str, Any]
     files: dict[str, tuple[str, int]]
 
-    def tensors(self, name: str) -> dict[str, Tensor]:
+    def tensors(self, name: str) -> dict[str, "Tensor"]:
         """The tensors that were written under `name`, on the CPU. Raises Damaged or StoreError."""
         return load_tensors(self.path(name))[0]
 
@@ -173,7 +176,7 @@ class Store:
         stage: str,
         key: str,
         payload: Mapping[str, Any],
-        tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
+        tensors: Mapping[str, Mapping[str, "Tensor"]] | None = None,
     ) -> Entry:
         """Keep a result; it appears at once and whole. Where another process was first, its result is returned.
 
@@ -188,7 +191,7 @@ class Store:
         temporary = self._temporary()
         files: dict[str, tuple[str, int]] = {}
         try:
-            with _explained(self.root, "write"):
+            with explained(self.root, "write"):
                 temporary.mkdir(parents=True)
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 for name, group in (tensors or {}).items():
@@ -214,7 +217,7 @@ class Store:
         process dies.
         """
         folder = self._work(stage, key)
-        with _explained(self.root, "write"):
+        with explained(self.root, "write"):
             folder.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(folder.with_name(f"{folder.name}.lock"))
             try:
@@ -223,7 +226,7 @@ class Store:
                 self._warn(f"another run is computing {stage}/{key[:12]}; waiting for it")
                 lock.acquire()
         try:
-            with _explained(self.root, "write"):
+            with explained(self.root, "write"):
                 folder.mkdir(exist_ok=True)
             yield folder
             self._discard(folder)
@@ -242,7 +245,7 @@ class Store:
 
     def _verified(self, folder: Path, stage: str, key: str) -> Entry | None:
         """The entry in `folder`; None where there is no such folder; Damaged where a file is not what was written."""
-        with _explained(self.root, "read"):
+        with explained(self.root, "read"):
             if not folder.exists():
                 return None
             try:
@@ -264,7 +267,7 @@ class Store:
 
     def _moved(self, temporary: Path, folder: Path) -> bool:
         """Rename `temporary` to `folder`; False where that is there already."""
-        with _explained(self.root, "write"):
+        with explained(self.root, "write"):
             try:
                 os.rename(temporary, folder)
             except OSError as error:
@@ -275,7 +278,7 @@ class Store:
 
     def _discard(self, folder: Path) -> None:
         """Delete a folder, if it is there, so that nobody ever sees a part of it: renamed away first."""
-        with _explained(self.root, "write"):
+        with explained(self.root, "write"):
             if folder.exists():
                 away = self._temporary()
                 away.parent.mkdir(parents=True, exist_ok=True)
@@ -288,7 +291,7 @@ class Store:
 
     def _sweep(self) -> None:
         """Remove what processes of this host left under construction when they died."""
-        with _explained(self.root, "write"):
+        with explained(self.root, "write"):
             for folder in self.root.glob(f"tmp/{socket.gethostname()}:*:*"):
                 if not _alive(int(folder.name.split(":")[1])):
                     shutil.rmtree(folder, ignore_errors=True)  # another process may be sweeping too
@@ -304,7 +307,7 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _separate(tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
     """Contiguous CPU tensors that share no memory with each other."""
     separate: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -319,9 +322,14 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def write_bytes(path: Path, *parts: bytes | memoryview) -> str:
     """Write `parts` to `path` by way of a temporary file beside it; the SHA-256 of the whole."""
+    return write_parts(path, parts)
+
+
+def write_parts(path: Path, parts: Iterable[bytes | memoryview]) -> str:
+    """As `write_bytes`, each part taken when the one before is written: the whole may be larger than memory."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     hashed = hashlib.sha256()
-    with _explained(path, "write"):
+    with explained(path, "write"):
         try:
             with open(temporary, "wb") as file:
                 for part in parts:
@@ -338,7 +346,7 @@ def write_bytes(path: Path, *parts: bytes | memoryview) -> str:
 
 
 @contextmanager
-def _explained(where: Path, doing: str) -> Generator[None]:
+def explained(where: Path, doing: str) -> Generator[None]:
     """Turn an OSError into one StoreError: where, what happened, what to do."""
     elsewhere = "choose another folder (BDCORE_CACHE sets the cache's, --out the results')"
     try:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import Field, model_validator
 
 from bdcore import config
-from bdcore.contract import Attack, AttackConfig, DatasetPlugin, Defense, PluginConfig
+from bdcore.contract import Attack, AttackConfig, DatasetPlugin, Defense, Observer, PluginConfig
 from bdcore.errors import PluginError, UsageError
 from bdcore.plugins import Loaded
 
@@ -76,14 +76,21 @@ class Tune(Prune):
         lr: float = Field(0.01, gt=0, description="learning rate")
 
 
-KINDS: dict[str, tuple[str, type | None]] = {
+class Watch(Observer):
+    name = "watch"
+
+    class Config(PluginConfig):
+        every: int = Field(1, ge=1, description="epochs from one look to the next")
+
+
+KINDS: dict[str, tuple[str, type]] = {
     "photos": ("dataset", Photos),
     "digits": ("dataset", Digits),
     "badnets": ("attack", Badnets),
     "blended": ("attack", Blended),
     "prune": ("defense", Prune),
     "tune": ("defense", Tune),
-    "watch": ("observer", None),
+    "watch": ("observer", Watch),
 }
 
 
@@ -133,7 +140,26 @@ def test_parts_are_told_apart_by_kind_and_defenses_keep_their_order():
     run = resolve("tune", "watch", "blended", "photos", "prune")
     assert (run.dataset.plugin.name, run.attack.plugin.name) == ("photos", "blended")
     assert [one.plugin.name for one in run.defenses] == ["tune", "prune"]
+    assert [one.plugin.name for one in run.observers] == ["watch"]
     assert "watch" not in json.dumps(run.record()), "an observer changes no number"
+    unwatched = resolve("tune", "blended", "photos", "prune")
+    assert unwatched.observers == ()
+    assert unwatched.record() == run.record()
+
+
+def test_an_observer_has_options_as_others_have(tmp_path: Path):
+    assert resolve("prune", "watch").observers[0].config.every == 1
+    assert resolve("prune", "watch", settings=["watch.every=5"]).observers[0].config.every == 5
+    file = tmp_path / "run.toml"
+    file.write_text("plugins = ['prune', 'watch']\n[watch]\nevery = 3")
+    run = resolve(file=file)
+    assert (run.observers[0].plugin.name, run.observers[0].config.every) == ("watch", 3)
+    assert "watch" not in json.dumps(run.record())
+    assert resolve(file=file, settings=["watch.every=4"]).observers[0].config.every == 4
+    assert "every" in refused("prune", "watch", settings=["watch.ever=5"])
+    assert "watch.every=0" in refused("prune", "watch", settings=["watch.every=0"])
+    assert "name it with --plugin" in refused("prune", settings=["watch.every=5"])
+    assert "2 times" in refused("prune", "watch", "watch")
 
 
 def test_without_attack():

@@ -8,14 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.ndimage import map_coordinates
 from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10
 
 from bdcore import DataError, Dataset, PluginConfig
-from bdcore_plugins.datasets import cifar10, digits, npz
+from bdcore_plugins.datasets import cifar10, digits, folder, npz
 from bdcore_plugins.datasets.cifar10 import Cifar10
 from bdcore_plugins.datasets.digits import Digits
+from bdcore_plugins.datasets.folder import Folder
 from bdcore_plugins.datasets.npz import Npz
 
 # ------------------------------------------------------------------------------------------------------------- digits
@@ -205,6 +207,95 @@ def test_npz_notices_truncation_and_damage(tmp_path: Path):
         load(str(path))
 
 
+# ------------------------------------------------------------------------------------------------------------- folder
+
+
+@pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Both parts with three classes; each image is all of one colour, of its class."""
+    monkeypatch.setenv("BDCORE_CACHE", str(tmp_path / "cache"))
+    for part, count in (("train", 4), ("test", 2)):
+        for label, colour in {"cat": "red", "dog": "lime", "emu": "blue"}.items():
+            for number in range(count):
+                put(tmp_path / f"photos/{part}/{label}/{number}.png", colour)
+    return tmp_path / "photos"
+
+
+def put(path: Path, colour: str, size: tuple[int, int] = (6, 5), mode: str = "RGB") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, colour).save(path)
+
+
+def load_folder(argument: str | Path | None, **options: object) -> Dataset:
+    return Folder(Folder.Config(**options)).load(None if argument is None else str(argument))  # type: ignore[arg-type]
+
+
+def test_folder_reads_both_parts(photos: Path):
+    data = load_folder(photos)
+    assert data.name == "folder:photos"
+    assert data.classes == 3
+    assert data.train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert data.test.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    for part in (data.train, data.test):
+        assert part.images.shape[1:] == (3, 5, 6)
+        assert part.images.float().amax((2, 3)).argmax(1).tolist() == part.labels.tolist()
+    assert load_folder(photos).fingerprint == data.fingerprint
+
+
+def test_folder_scales_to_a_size(photos: Path):
+    put(photos / "test/emu/large.jpg", "blue", size=(70, 40))
+    with pytest.raises(DataError, match=r"of 2 sizes.*--set dataset\.size=224"):
+        load_folder(photos)
+    data = load_folder(photos, size=8)
+    assert data.train.images.shape == (12, 3, 8, 8)
+    assert data.test.images.shape == (7, 3, 8, 8)
+
+
+def test_folder_is_grey_if_both_parts_are(photos: Path):
+    for path in photos.rglob("*.png"):
+        Image.open(path).convert("L").save(path)
+    assert load_folder(photos).train.images.shape == (12, 1, 5, 6)
+    put(photos / "test/cat/9.png", "red")
+    data = load_folder(photos)
+    assert data.train.images.shape == (12, 3, 5, 6)
+    assert data.test.images.shape == (7, 3, 5, 6)
+
+
+def test_folder_classes_by_number(photos: Path):
+    for path in sorted(photos.glob("*/*")):
+        path.rename(path.with_name({"cat": "0", "dog": "2", "emu": "3"}[path.name]))
+    data = load_folder(photos)
+    assert data.classes == 4
+    assert data.test.labels.tolist() == [0, 0, 2, 2, 3, 3]
+    put(photos / "test/1/x.png", "red")
+    with pytest.raises(DataError, match="test has images of class 1, of which train has none"):
+        load_folder(photos)
+
+
+def test_folder_names_what_is_wrong(photos: Path, tmp_path: Path):
+    with pytest.raises(DataError, match="folder needs a folder: write --dataset folder:DIR"):
+        load_folder(None)
+    with pytest.raises(DataError, match=r"nowhere has no folder train or test: images belong in train/CLASS"):
+        load_folder(tmp_path / "nowhere")
+    put(photos / "test/yak/1.png", "red")
+    with pytest.raises(DataError, match="differ in their classes: only one of them has yak"):
+        load_folder(photos)
+    put(photos / "train/yak/1.png", "red")
+    assert load_folder(photos).classes == 4
+    for path in (photos / "test").rglob("*.png"):
+        put(path, "red", size=(9, 9))
+    with pytest.raises(DataError, match=r"images of train are \[3, 5, 6\], those of test \[3, 9, 9\]: .*dataset\.size"):
+        load_folder(photos)
+    put(tmp_path / "flat/train/1.png", "red")
+    put(tmp_path / "flat/test/1.png", "red")
+    with pytest.raises(DataError, match="flat/train has images but no class folders: put them in train/CLASS"):
+        load_folder(tmp_path / "flat")
+    put(tmp_path / "one/train/0/1.png", "red")
+    put(tmp_path / "one/test/0/1.png", "red")
+    with pytest.raises(DataError, match="there is no class but 0; a classifier needs two"):
+        load_folder(tmp_path / "one")
+
+
 # ------------------------------------------------------------------------------------------------------------ cifar10
 
 
@@ -301,7 +392,7 @@ def test_cifar10_says_when_a_download_fails(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_hooks_return_the_data_sets():
-    found = [module.bdcore_dataset() for module in (digits, npz, cifar10)]
-    assert found == [Digits, Npz, Cifar10]
-    assert [kind.name for kind in found] == ["digits", "npz", "cifar10"]
+    found = [module.bdcore_dataset() for module in (digits, npz, folder, cifar10)]
+    assert found == [Digits, Npz, Folder, Cifar10]
+    assert [kind.name for kind in found] == ["digits", "npz", "folder", "cifar10"]
     assert all(issubclass(kind.Config, PluginConfig) for kind in found)

@@ -185,7 +185,7 @@ class Tempered(nn.Module):
         (Tempered(), "is not what it ends with"),
         (nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU()), "is not what"),
         (nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten()), "no linear layer"),
-        (nn.Sequential(nn.Linear(2, 6), nn.Conv2d(3, 4, 2), nn.Flatten()), "it returns"),
+        (nn.Sequential(nn.Linear(2, 6), nn.Conv2d(3, 4, 2), nn.Flatten()), "and more follows"),
     ],
 )
 def test_models_without_a_final_linear_layer_are_refused(net: nn.Module, reason: str):

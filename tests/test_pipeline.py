@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from conftest import Site
 
 QUICK = ("train.epochs=2", "finetune.epochs=1", "finetune.min_steps=1")
-STAGES = ["data", "poison", "train", "evaluate", "defend finetune", "evaluate"]
+FEATURES = ["evaluate features", "evaluate features"]  # the victim's and the purified model's
+STAGES = ["data", "poison", "train", "evaluate", "defend finetune", "evaluate", *FEATURES]
 
 
 class Observer:
@@ -138,8 +139,8 @@ class TestRecord:
         folder, record = warm[0] / "out", warm[1]
         assert json.loads((folder / "record.json").read_text()) == record == json.loads(json.dumps(record))
         assert set(record) == {
-            "schema", "run", "config", "seed", "plugins", "dataset", "poison", "victim", "defenses", "versions",
-            "device", "artifacts", "figures",
+            "schema", "command", "run", "config", "seed", "plugins", "dataset", "poison", "victim", "defenses",
+            "curves", "versions", "device", "artifacts", "figures",
         }  # fmt: skip
         assert record["poison"]["count"] == 60
         assert record["poison"]["rate"] == 0.1
@@ -160,7 +161,7 @@ class TestRecord:
                 assert 0 <= row[name] <= 1
         assert 0 <= defense["der"] <= 1
         assert record["seed"] == 0
-        assert set(record["artifacts"]) == {"victim", "finetune"}
+        assert set(record["artifacts"]) == {"victim", "finetune", "poison", "features"}
         assert record["figures"] == {"attack": "attack.png"}
         with Image.open(folder / "attack.png") as sheet:
             assert sheet.width > 8 * 90
@@ -211,11 +212,11 @@ class TestCache:
     @pytest.mark.parametrize(
         ("settings", "computed"),
         [
-            (["finetune.lr=0.02"], ["defend finetune", "evaluate"]),
-            (["train.lr=0.05"], ["train", "evaluate", "defend finetune", "evaluate"]),
-            (["attack.target=1"], ["poison", "train", "evaluate", "defend finetune", "evaluate"]),
-            (["run.clean_fraction=0.1"], ["defend finetune", "evaluate"]),
-            (["run.seed=1"], ["poison", "train", "evaluate", "defend finetune", "evaluate"]),
+            (["finetune.lr=0.02"], ["defend finetune", "evaluate", "evaluate features"]),
+            (["train.lr=0.05"], ["train", "evaluate", "defend finetune", "evaluate", *FEATURES]),
+            (["attack.target=1"], ["poison", "train", "evaluate", "defend finetune", "evaluate", *FEATURES]),
+            (["run.clean_fraction=0.1"], ["defend finetune", "evaluate", "evaluate features"]),
+            (["run.seed=1"], ["poison", "train", "evaluate", "defend finetune", "evaluate", *FEATURES]),
         ],
     )
     def test_what_changes_decides_what_is_computed(
@@ -240,7 +241,8 @@ class TestCache:
             Image.fromarray(np.full((8, 8), level, np.uint8)).save(picture)
             _, observer = go(digits, tmp_path / "out", plugins=["blended"], settings=settings)
             computed.append(observer.computed)
-        assert computed == [["data", "poison", "train", "evaluate"], ["data"], ["data", "poison", "train", "evaluate"]]
+        made = ["poison", "train", "evaluate", "evaluate features"]
+        assert computed == [["data", *made], ["data"], ["data", *made]]
 
     @pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
     def test_a_damaged_result_is_said_and_rebuilt_the_same(

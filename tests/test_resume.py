@@ -21,13 +21,20 @@ OBSERVER = """
 import os
 import time
 
-from bdcore import hookimpl
+from bdcore import Observer, hookimpl
+
+class Told(Observer):
+    name = "told"
+
+    @hookimpl
+    def bdcore_epoch_finished(self, stage, progress):
+        with open(os.environ["TOLD"], "a") as file:
+            file.write(f"{stage},{progress.epoch}\\n")
+        time.sleep(0.1)
 
 @hookimpl
-def bdcore_epoch_finished(stage, progress):
-    with open(os.environ["TOLD"], "a") as file:
-        file.write(f"{stage},{progress.epoch}\\n")
-    time.sleep(0.1)
+def bdcore_observer():
+    return Told
 """
 EPOCHS = {"train": 12, "defend finetune": 12}
 
@@ -107,6 +114,8 @@ def test_killed_in_training_and_in_the_defense(site: "Site", digits: Path, tmp_p
     straight = runs.finish("straight", uninterrupted)
 
     assert resumed["artifacts"] == straight["artifacts"]
+    assert resumed["curves"] == straight["curves"]
+    assert {stage: len(epochs) for stage, epochs in straight["curves"].items()} == EPOCHS
     for ours, theirs in zip(
         [resumed["victim"], *resumed["defenses"]], [straight["victim"], *straight["defenses"]], strict=True
     ):

@@ -17,6 +17,10 @@ from bdcore.errors import BdcoreError, unknown_name
 
 COMMANDS = {
     "run": "Poison, train, defend and evaluate with the plugins named.",
+    "scan": "Look for a backdoor in a model of your own.",
+    "defend": "Purify a model of your own, or train a clean one on doubtful data.",
+    "report": "Show runs on one HTML page, several compared.",
+    "new": "Write a plugin's pip package to start from.",
     "plugins": "List all plugins, and why one cannot be used.",
     "doctor": "Show versions, devices, cache, plugins and operators.",
 }
@@ -27,7 +31,7 @@ _UNWRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, 
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run one command and exit: 0 done, 1 the run failed, 2 wrong use, 130 interrupted.
+    """Run one command and exit: 0 done, 1 the run failed, 2 wrong use, 130 interrupted; `scan` has 3 for a backdoor.
 
     Args:
         arguments: what follows `bdcore` on the command line; None takes sys.argv.
@@ -75,6 +79,8 @@ def _verdict(error: BaseException) -> tuple[str, int]:
     if _out_of_memory(error):
         detail = f" ({_one_line(error)})" if str(error) else ""
         return f"error: out of memory{detail}: take a smaller model or data set, or another --device", 1
+    if _impossible_path(error):
+        return f"error: a path cannot be: {_one_line(error)[:300]}", 2
     if isinstance(error, OSError) and error.errno in _UNWRITABLE:
         where = f" {str(error.filename)!r}" if error.filename else ""
         todo = "free space or permit it, or choose other folders with BDCORE_CACHE and --out"
@@ -85,7 +91,15 @@ def _verdict(error: BaseException) -> tuple[str, int]:
 
 def _out_of_memory(error: BaseException) -> bool:
     torch = sys.modules.get("torch")  # never imported here: what did not import it cannot have raised its error
-    return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # so torch says it of the CPU's
+
+
+def _impossible_path(error: BaseException) -> bool:
+    """Whether a path that somebody gave is longer than the system takes, or holds a NUL character."""
+    too_long = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
+    return too_long or (isinstance(error, ValueError) and "embedded null" in str(error))
 
 
 def _one_line(error: BaseException) -> str:

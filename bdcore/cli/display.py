@@ -121,7 +121,8 @@ class ProgressLines:
         ended = progress.epoch == progress.epochs or progress.seconds_left == 0
         if ended or (far and silence >= _SECONDS_BETWEEN_LINES):
             self._last_share[key] = share
-            self._print(f"{_describe_phase(stage, progress)}: epoch {_describe_state(progress)}")
+            unit = "" if stage == "data" else "epoch "  # what is read is counted in images
+            self._print(f"{_describe_phase(stage, progress)}: {unit}{_describe_state(progress)}")
 
     @hookimpl
     def bdcore_stage_finished(self, stage: str, cached: bool, seconds: float) -> None:
@@ -139,6 +140,9 @@ class ProgressLines:
 
 
 def _describe_run(config: Mapping[str, Any]) -> str:
+    if "command" in config:  # a model or data of the user's own
+        about = config.get("model") or config.get("suspect")
+        return f"{config['command']} {about} with {' '.join(config['plugins'])}, seed {config['run']['seed']}"
     attack = "no attack" if config["no_attack"] else ""
     plugins = " ".join(filter(None, [attack, *config["plugins"]]))
     return f"{plugins} on {config['dataset']['name']}, {config['run']['model']}, seed {config['run']['seed']}"

@@ -1,13 +1,11 @@
 """`bdcore run`: from a data set to a defended model, and an account of both."""
 
 import json
-import os
-import sys
-from collections.abc import Generator
-from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import click
+
+from bdcore.cli.standard_output import kept_clear
 
 
 @click.command(
@@ -29,8 +27,8 @@ An unknown KEY is answered with the valid ones. A FILE.toml holds the same keys 
     "plugins",
     multiple=True,
     metavar="NAME",
-    help="A plugin of any kind; repeat it for several: at most one attack, defenses in this order. A defense without "
-    "an attack meets badnets. `bdcore plugins` lists them.",
+    help="A plugin of any kind; repeat it for several: at most one attack, defenses in this order, observers. A "
+    "defense without an attack meets badnets. `bdcore plugins` lists them.",
 )
 @click.option(
     "--dataset", metavar="NAME[:ARGUMENT]", help="Data set, and what it needs to be found.  [default: digits]"
@@ -83,7 +81,7 @@ def command(
     Name at least one plugin; everything else has a default. Finished stages are kept: the same run again, or one that
     was interrupted, goes on from where it was.
     """
-    with _stdout_kept_clear():
+    with kept_clear():
         from bdcore.cli.display import shown
         from bdcore.config import resolve
         from bdcore.pipeline import run, run_folder
@@ -113,18 +111,3 @@ def command(
 
     show(record)
     click.echo(f"Record: {run_folder(config) / 'record.json'}")
-
-
-@contextmanager
-def _stdout_kept_clear() -> Generator[None]:
-    """Send to stderr what is printed inside, by Python, compiled code or child processes: stdout is for the result."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        with redirect_stdout(sys.stderr):
-            yield
-    finally:
-        sys.stdout.flush()
-        os.dup2(kept, 1)
-        os.close(kept)

@@ -1,7 +1,21 @@
-"""Classifiers by name, with the normalisation inside, and the penultimate features of any of them."""
+"""Classifiers by name, with the normalisation inside; the penultimate features of any of them; weights from files."""
 
+from bdcore.models.checkpoints import Checkpoint, load_into, manifest_of, read_checkpoint, write_checkpoint
 from bdcore.models.classifier import Classifier, metered
 from bdcore.models.head import split_head
-from bdcore.models.registry import build, check_name, names
+from bdcore.models.registry import build, check_name, code_of, names
 
-__all__ = ["Classifier", "build", "check_name", "metered", "names", "split_head"]
+__all__ = [
+    "Checkpoint",
+    "Classifier",
+    "build",
+    "check_name",
+    "code_of",
+    "load_into",
+    "manifest_of",
+    "metered",
+    "names",
+    "read_checkpoint",
+    "split_head",
+    "write_checkpoint",
+]

@@ -1,7 +1,7 @@
 """A classifier as features and linear head, whatever its class."""
 
 import copy
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -34,22 +34,76 @@ def split_head(model: nn.Module) -> tuple[nn.Module, nn.Linear]:
             f"penultimate features are taken of a bdcore.models.Classifier, not of {type(model).__name__}: "
             "wrap the network, Classifier(net, shape, mean, std)"
         )
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if not linear:
-        raise _refusal(model, "it has no linear layer")
-    head = model.get_submodule(linear[-1])
-    assert isinstance(head, nn.Linear)
     body = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     with _evaluating(body), metered(Meter()), torch.no_grad():
         images = _probe(model)
-        logits = body(images)  # still whole; the model itself may be compiled, and would be again for these images
-        body.set_submodule(linear[-1], nn.Identity().train(head.training))
+        # The copy is still whole; the model itself may be compiled, and would be again for these images.
+        name, given = _final_linear(body, images)
+        head = model.get_submodule(name)
+        assert isinstance(head, nn.Linear)
+        if not _passes_on(body, name, images, head.out_features):
+            raise _refusal(model, f"its last linear layer {name!r} is not what it ends with")
+        body.set_submodule(name, nn.Identity().train(head.training))
         features = body(images)
-        if features.ndim != 2 or features.shape[1] != head.in_features:
-            raise _refusal(model, f"without its last linear layer {linear[-1]!r} it returns {tuple(features.shape)}")
-        if not torch.allclose(head(features), logits, rtol=1e-3, atol=1e-5, equal_nan=True):
-            raise _refusal(model, f"its last linear layer {linear[-1]!r} is not what it ends with")
+        if features.shape != given.shape or not torch.allclose(features, given, rtol=1e-3, atol=1e-5, equal_nan=True):
+            raise _refusal(model, f"without its last linear layer {name!r} it returns something else than its input")
     return body, head
+
+
+def _final_linear(model: Classifier, images: Tensor) -> tuple[str, Tensor]:
+    """The name of the linear layer whose output is the model's, told by what the layers answer and not by the order in
+    which they were made; and its input, [B, D]."""
+    seen: list[tuple[str, Tensor, Tensor]] = []
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        return lambda _, inputs, output: seen.extend((name, given.clone(), output.clone()) for given in inputs)
+
+    hooks = [
+        module.register_forward_hook(watch(name))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    if not hooks:
+        raise _refusal(model, "it has no linear layer")
+    try:
+        logits = model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, given, answer in reversed(seen):
+        if answer.shape == logits.shape and torch.allclose(answer, logits, rtol=0, atol=0, equal_nan=True):
+            if given.ndim != 2:
+                raise _refusal(
+                    model, f"its linear layer {name!r} works on {tuple(given.shape)}, not on one row an image"
+                )
+            return name, given
+    if not seen:
+        raise _refusal(model, "none of its linear layers is called as a module")
+    name, given, answer = seen[-1]
+    if answer.ndim != 2:
+        raise _refusal(model, f"its last linear layer {name!r} returns {tuple(answer.shape)}, and more follows")
+    averaged = " (it averages two heads)" if _averages(seen, logits) else ""
+    raise _refusal(model, f"its last linear layer {name!r} is not what it ends with{averaged}")
+
+
+def _passes_on(model: Classifier, name: str, images: Tensor, classes: int) -> bool:
+    """Whether the model answers whatever the layer answers: a ReLU behind it may show on no image that is tried."""
+    noise = torch.randn((len(images), classes), generator=torch.Generator().manual_seed(1)).to(model.mean)
+    hook = model.get_submodule(name).register_forward_hook(lambda *_: noise)
+    try:
+        return torch.equal(model(images), noise)
+    finally:
+        hook.remove()
+
+
+def _averages(seen: Sequence[tuple[str, Tensor, Tensor]], logits: Tensor) -> bool:
+    """Whether the answer is the mean of the last two linear layers', as in models with a head for distillation."""
+    answers = [answer for _, _, answer in seen[-2:]]
+    return (
+        len(answers) == 2
+        and all(answer.shape == logits.shape for answer in answers)
+        and torch.allclose((answers[0] + answers[1]) / 2, logits)
+    )
 
 
 def _refusal(model: Classifier, reason: str) -> UsageError:

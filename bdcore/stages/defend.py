@@ -14,8 +14,10 @@ from bdcore.errors import PluginError, ThreatModelError
 from bdcore.models import metered
 
 
-def defend(defense: Defense, victim: Victim, clean: Labelled, suspect: Labelled, context: Context) -> Outcome:
-    """Run `defense` under the threat model.
+def defend(
+    defense: Defense, victim: Victim, clean: Labelled, suspect: Labelled, context: Context, *, inspect: bool = False
+) -> Outcome:
+    """Run `defense` under the threat model; with `inspect` it is asked for its verdict alone.
 
     What it is given are copies that share no memory with anything else, so that no view or storage leads to more
     than was handed over. This holds against mistakes and temptation, not against code that sets out to attack the
@@ -34,7 +36,7 @@ def defend(defense: Defense, victim: Victim, clean: Labelled, suspect: Labelled,
     )
     before = _prints(given)
     with metered(context.meter):
-        outcome = defense(given, context)
+        outcome = defense.inspect(given, context) if inspect else defense(given, context)
     after = _prints(given)
     for part, was in before.items():
         if after.get(part) != was:

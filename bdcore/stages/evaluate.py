@@ -1,15 +1,21 @@
 """Score a classifier, with all that is the attacker's secret."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import torch
 from scipy.stats import rankdata
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from bdcore.artifacts import Isolation, Labelled, Recovered, Scores, Suspects, Trigger, Triggered, Verdict
 from bdcore.context import Context
+from bdcore.errors import UsageError
+from bdcore.models import split_head
 from bdcore.ops import put_trigger
 from bdcore.training import forward_batches
+
+SHOWN, SHOWN_TRIGGERED = 500, 200
+"""How many test images `sampled` takes."""
 
 
 def evaluate(
@@ -51,6 +57,35 @@ def recovered(model: nn.Module, test: Labelled, triggers: Sequence[Trigger], con
         asr = _share(predicted == trigger.target) if len(predicted) else None
         found.append(Recovered(trigger.target, asr, round(_size(trigger), 3)))
     return found
+
+
+def sampled(test: Labelled, triggered: Triggered | None) -> dict[str, Tensor]:
+    """A few test images to look at a classifier's features by: the first ones of every class, `SHOWN` in all, and
+    `SHOWN_TRIGGERED` of the triggered ones, evenly spread.
+
+    Returns:
+        "clean" uint8 [n, C, H, W] with "labels" int64 [n]; under an attack "triggered" with "triggered_labels" too.
+    """
+    classes = test.labels.unique()
+    each = max(1, SHOWN // len(classes))
+    index = torch.cat([(test.labels == one).nonzero()[:each, 0] for one in classes[:SHOWN]])
+    few = {"clean": test.images[index], "labels": test.labels[index]}
+    if triggered is not None:
+        count = len(triggered.images)
+        spread = torch.linspace(0, count - 1, min(count, SHOWN_TRIGGERED)).round().long()
+        few |= {"triggered": triggered.images[spread], "triggered_labels": triggered.labels[spread]}
+    return few
+
+
+def features(model: nn.Module, few: Mapping[str, Tensor], context: Context) -> dict[str, Tensor]:
+    """Penultimate features, float16 [n, D], of the images that `sampled` chose, by their names there; empty where the
+    classifier does not end with a linear layer."""
+    try:
+        body, _ = split_head(model.to(context.device).eval())
+    except UsageError:
+        return {}
+    images = {name: few[name] for name in ("clean", "triggered") if name in few}
+    return {name: forward_batches(body, value, context).half().cpu() for name, value in images.items()}
 
 
 def defense_effectiveness(before: Scores, after: Scores) -> float | None:

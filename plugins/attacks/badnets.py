@@ -46,7 +46,7 @@ class BadNets(Attack):
         def _three_cells(self) -> "BadNets.Config":
             if self.pattern == "black_white" and self.size != 3:
                 raise ValueError("the patterns black_white have 3 x 3 cells: leave attack.size at 3")
-            if self.pattern != "black_white" and "number" in self.model_fields_set:
+            if self.pattern != "black_white" and self.number:
                 raise ValueError("attack.number counts the patterns black_white: set attack.pattern=black_white")
             return self
 

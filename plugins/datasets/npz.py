@@ -5,22 +5,16 @@ labels are integers [N] from 0 on. Write such a file with `numpy.savez(FILE, x_t
 arrays are refused.
 """
 
-import zipfile
-import zlib
+import os
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field
+from torch import Tensor
 
-from bdcore import DataError, Dataset, DatasetPlugin, Labelled, PluginConfig, hookimpl
+from bdcore import DataError, Dataset, DatasetPlugin, PluginConfig, hookimpl, read_npz
 
-_KEYS = ("x_train", "y_train", "x_test", "y_test")
-_CHANNELS = (1, 3)
-
-_Array = NDArray[Any]
+_PARTS = (("x_train", "y_train"), ("x_test", "y_test"))
 
 
 class Npz(DatasetPlugin):
@@ -38,77 +32,23 @@ class Npz(DatasetPlugin):
     def load(self, argument: str | None) -> Dataset:
         """Both parts of the file named by `argument`, checked; classes = the largest label + 1."""
         if not argument:
-            raise DataError(f"npz needs a file: write --dataset npz:FILE, a .npz with {', '.join(_KEYS)}")
-        path = Path(argument).expanduser()
-        arrays = _read(path)
-        for part in ("train", "test"):
-            _check_part(path, part, arrays[f"x_{part}"], arrays[f"y_{part}"])
-        shapes = arrays["x_train"].shape[1:], arrays["x_test"].shape[1:]
+            keys = ", ".join(key for pair in _PARTS for key in pair)
+            raise DataError(f"npz needs a file: write --dataset npz:FILE, a .npz with {keys}")
+        path = Path(os.path.expanduser(argument))
+        train, test = read_npz(path, _PARTS)
+        shapes = list(train.images.shape[1:]), list(test.images.shape[1:])
         if shapes[0] != shapes[1]:
-            raise DataError(f"{path}: images of x_train are {list(shapes[0])}, those of x_test {list(shapes[1])}")
-        for name in ("x_train", "y_train"):
-            arrays[name] = arrays[name][: self.config.limit]
-        classes = _count_classes(path, arrays["y_train"], arrays["y_test"])
-        return Dataset(
-            f"npz:{path.stem}",
-            train=_labelled(arrays["x_train"], arrays["y_train"]),
-            test=_labelled(arrays["x_test"], arrays["y_test"]),
-            classes=classes,
-        )
+            raise DataError(f"{path}: images of x_train are {shapes[0]}, those of x_test {shapes[1]}")
+        if self.config.limit is not None:
+            train = train.select(torch.arange(min(self.config.limit, len(train))))
+        classes = _count_classes(path, train.labels, test.labels)
+        return Dataset(f"npz:{path.stem}", train=train, test=test, classes=classes)
 
 
-def _read(path: Path) -> dict[str, _Array]:
-    if not path.is_file():
-        raise DataError(f"there is no file {path}")
-    try:
-        with path.open("rb") as content:
-            if not zipfile.is_zipfile(content):
-                raise DataError(f"{path} is not a .npz file, or is cut short: write one with numpy.savez")
-        with np.load(path, allow_pickle=False) as file:
-            missing = [key for key in _KEYS if key not in file.files]
-            if missing:
-                raise DataError(f"{path} lacks {', '.join(missing)}; it holds {', '.join(file.files) or 'nothing'}")
-            return {key: _read_array(path, file, key) for key in _KEYS}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-
-
-def _read_array(path: Path, file: Any, key: str) -> _Array:
-    try:
-        array = file[key]
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-        raise DataError(f"{path}: {key} is damaged ({error}): write the file again") from error
-    except ValueError as error:
-        raise DataError(f"{path}: {key} cannot be read, pickled objects are refused: {error}") from error
-    if not isinstance(array, np.ndarray):
-        raise DataError(f"{path}: {key} is not an array: write the file with numpy.savez")
-    return array
-
-
-def _check_part(path: Path, part: str, x: _Array, y: _Array) -> None:
-    if x.dtype != np.uint8:
-        advice = f"; for values in [0, 1] store (x_{part} * 255).round().astype('uint8')" if x.dtype.kind == "f" else ""
-        raise DataError(f"{path}: x_{part} must be uint8 with values 0 to 255, it is {x.dtype}{advice}")
-    if x.ndim != 4 or (x.shape[1] not in _CHANNELS and x.shape[3] not in _CHANNELS):
-        raise DataError(
-            f"{path}: x_{part} must be [N, C, H, W] or [N, H, W, C] with 1 or 3 channels, its shape is {list(x.shape)}"
-        )
-    if y.dtype.kind not in "iu":
-        raise DataError(f"{path}: y_{part} must hold integers, it is {y.dtype}")
-    if y.ndim != 1:
-        raise DataError(f"{path}: y_{part} must be [N], one class number an image, its shape is {list(y.shape)}")
-    if x.size == 0:
-        raise DataError(f"{path}: x_{part} is empty, its shape is {list(x.shape)}")
-    if len(x) != len(y):
-        raise DataError(f"{path}: x_{part} has {len(x)} images and y_{part} {len(y)} labels")
-    if y.min() < 0:
-        raise DataError(f"{path}: y_{part} has label {y.min()}; classes are numbered from 0")
-
-
-def _count_classes(path: Path, train: _Array, test: _Array) -> int:
-    unknown = np.setdiff1d(test, train)
+def _count_classes(path: Path, train: Tensor, test: Tensor) -> int:
+    unknown = test[~torch.isin(test, train)]
     if len(unknown):
-        raise DataError(f"{path}: y_test has label {unknown[0]}, of which y_train has no sample")
+        raise DataError(f"{path}: y_test has label {int(unknown.min())}, of which y_train has no sample")
     classes = int(train.max()) + 1
     if classes < 2:
         raise DataError(f"{path}: y_train has no label but 0; a classifier needs two classes")
@@ -117,11 +57,6 @@ def _count_classes(path: Path, train: _Array, test: _Array) -> int:
             f"{path}: y_train has label {classes - 1} with {len(train)} samples in all; number the classes 0, 1, 2, ..."
         )
     return classes
-
-
-def _labelled(x: _Array, y: _Array) -> Labelled:
-    planar = x if x.shape[1] in _CHANNELS else x.transpose(0, 3, 1, 2)
-    return Labelled(torch.from_numpy(np.ascontiguousarray(planar)), torch.from_numpy(y.astype(np.int64)))
 
 
 @hookimpl

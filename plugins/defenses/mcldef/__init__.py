@@ -20,6 +20,7 @@ Deviations from the released code:
 """
 
 import copy
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -82,11 +83,25 @@ class MCLDef(Defense):
         Raises:
             DefenseError: the target given by hand is no class, or no trigger leads to the target.
         """
-        config = self.config
         assert given.model is not None
         assert given.clean is not None
-        images = given.clean.images
         frozen = frozen_copy(given.model, context)
+        found = self.find(given, frozen, context)
+        if not found.triggers:
+            return found
+        model = self.purify(given.model, frozen, found.triggers[0], given.clean.images, context)
+        return replace(found, model=model)
+
+    def inspect(self, given: DefenseInput, context: Context) -> Outcome:
+        """The target class and its trigger alone; raises as a call does."""
+        assert given.model is not None
+        return self.find(given, frozen_copy(given.model, context), context)
+
+    def find(self, given: DefenseInput, frozen: nn.Module, context: Context) -> Outcome:
+        """Verdict and trigger, by means of a frozen copy of the model; without a trigger where no class stands out."""
+        config = self.config
+        assert given.clean is not None
+        images = given.clean.images
         shape = (images.shape[1], images.shape[2], images.shape[3])
         targets = torch.arange(given.classes) if config.target is None else torch.tensor([config.target])
         if config.target is not None and config.target >= given.classes:
@@ -108,8 +123,7 @@ class MCLDef(Defense):
                 "(run.clean_fraction) or more mcldef.inversion_epochs may find one; perhaps that class is not the "
                 "target."
             )
-        model = self.purify(given.model, frozen, trigger, images, context)
-        return Outcome(model, verdict, (trigger,), {"trigger_size": round(float(stack.size[0]), 3)})
+        return Outcome(None, verdict, (trigger,), {"trigger_size": round(float(stack.size[0]), 3)})
 
     def purify(
         self, model: nn.Module, frozen: nn.Module, trigger: Trigger, images: Tensor, context: Context
