@@ -1,5 +1,5 @@
-"""Models as strangers bring them: networks of torchvision and timm, trained on digits by a plain loop that knows nothing
-of bdcore, clean or with a backdoor, and saved as plain state dicts beside a folder of clean images.
+"""Models as strangers bring them: networks of torchvision and timm, trained on digits by a plain loop that knows
+nothing of bdcore, clean or with a backdoor, and saved as plain state dicts beside a folder of clean images.
 
     python tests/foreign_models.py OUT [--arch resnet18|vit] [--clean] [--seed N]
 

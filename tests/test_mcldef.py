@@ -313,7 +313,7 @@ class TestWhole:
     def test_purification_step_is_the_published_one(self, digits: Digit):
         """One full batch, one epoch: the same update by plain torch, with the loss written as the paper does."""
         clean = digits.clean.select(torch.arange(300) < 40)
-        options = {"inversion_epochs": 15, "epochs": 1, "min_steps": 2, "lr": 0.01, "temperature": 0.4}
+        options = {"inversion_epochs": 15, "epochs": 1, "min_steps": 2, "lr": 0.01, "temperature": 0.4, "form": "paper"}
         outcome = digits.defend(clean, **options)
         (trigger,) = outcome.triggers
         student = features(digits.model).train()
@@ -338,7 +338,8 @@ class TestWhole:
         moved = (ours["net.stem.weight"] - digits.model.state_dict()["net.stem.weight"]).abs().max()
         assert moved > 1e-3
 
-    def test_recipe_is_the_published_one(self, monkeypatch: pytest.MonkeyPatch):
+    def purifying(self, model: nn.Module, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Recipe:
+        """By what recipe a model would be purified."""
         recipes: dict[str, Recipe] = {}
 
         def noted(phase: str, module: nn.Module, columns: Any, loss: Any, recipe: Recipe, *rest: Any, **more: Any):
@@ -346,13 +347,23 @@ class TestWhole:
 
         monkeypatch.setattr(mcldef, "fit", noted)
         data = band_images(48, CLASSES)
-        MCLDef(MCLDef.Config(target=1))(DefenseInput(CLASSES, model=bands(CLASSES, 1), clean=data), Context())
-        recipe = recipes["purify"]
+        MCLDef(MCLDef.Config(target=1, **options))(DefenseInput(CLASSES, model=model, clean=data), Context())
+        return recipes["purify"]
+
+    def test_recipe_is_the_published_one(self, monkeypatch: pytest.MonkeyPatch):
+        model = bands(CLASSES, 1)
+        model.aside = nn.BatchNorm2d(1)  # never reached; what counts is that there is one
+        recipe = self.purifying(model, monkeypatch)
         rates = [recipe.learning_rate(40 * epoch + step, 40) for epoch in range(20) for step in (0, 39)]
         assert rates == pytest.approx([0.1] * 2 + [0.01] * 18 + [0.001] * 20)
         assert recipe.epochs == 20
         assert (recipe.optimizer, recipe.momentum, recipe.weight_decay, recipe.batch_size) == ("sgd", 0.9, 1e-4, 64)
         assert (recipe.crop, recipe.flip, recipe.cutout) == (0, False, 0)
+
+    def test_without_batch_normalisation_the_rate_is_lower(self, monkeypatch: pytest.MonkeyPatch):
+        recipe = self.purifying(bands(CLASSES, 1), monkeypatch)
+        assert (recipe.optimizer, recipe.lr, recipe.schedule, recipe.epochs) == ("adam", 3e-4, "onecycle", 20)
+        assert self.purifying(bands(CLASSES, 1), monkeypatch, lr=0.05).optimizer == "sgd"
 
     def test_target_must_be_a_class(self, digits: Digit):
         with pytest.raises(DefenseError, match=r"mcldef\.target=10: the model's classes are 0 to 9"):

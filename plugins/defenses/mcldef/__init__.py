@@ -15,8 +15,12 @@ Deviations from the released code:
 - Batches are made as even as can be, and a small clean set is repeated within an epoch until there are `min_steps`
   updates: 20 epochs over 72 images would be 40 updates, over CIFAR-10's 2,500 they are 800.
 - An empty trigger is an error: both similarities would cancel, and nothing would be purified.
-- `form = "mixed"` is ours: clean images go through the student too, for BatchNorm's statistics, with a term that holds
-  their features to the teacher's. The paper's form stays the default.
+- `form = "mixed"` is ours and the default: clean images go through the student too, for BatchNorm's statistics, with a
+  term that holds their features to the teacher's. On every attack measured whose target is found its defense
+  effectiveness (DER) is above the paper form's: accuracy falls by 0 to 1 points in place of 1.5 to 14, for at most 1.1
+  points more of attack success. `form = "paper"` is the published one.
+- The paper has convolutional networks with BatchNorm. Others, such as Vision Transformers, lose all accuracy under SGD
+  at its rate (95 to 23% on digits); without a rate given by hand they are purified by Adam, 3e-4 in one cycle.
 """
 
 import copy
@@ -56,18 +60,23 @@ class MCLDef(Defense):
     name = "mcldef"
 
     class Config(PluginConfig):
-        """Options of MCLDef; the defaults are the paper's for CIFAR-10."""
+        """Options of MCLDef; the defaults are the paper's for CIFAR-10, but for the form."""
 
         inversion: Literal["pixel", "mask"] = Field("pixel", description="the 2023 form (pixel) or that of 2022 (mask)")
         inversion_epochs: int = Field(100, ge=1, le=10_000, description="passes over the clean set to invert a trigger")
         patience: int = Field(20, ge=1, description="epochs without a smaller trigger after which an inversion ends")
         target: int | None = Field(None, ge=0, description="target class, where it is known: an oracle")
         anomaly: float = Field(2.0, gt=0, description="how many deviations below the median betray the target class")
-        form: Literal["paper", "mixed"] = Field("paper", description="triggered images alone, or clean ones as well")
+        form: Literal["paper", "mixed"] = Field("mixed", description="triggered images alone, or clean ones as well")
         mix: float = Field(3.0, ge=0, description="weight of the clean images' term in the mixed form")
         temperature: float = Field(0.5, gt=0, description="t of the contrastive loss")
         epochs: int = Field(20, ge=1, le=10_000, description="passes over the clean set to purify")
-        lr: float = Field(0.1, gt=0, description="SGD's rate in the first epoch; a tenth from the second on")
+        lr: float | None = Field(
+            None,
+            gt=0,
+            description="SGD's rate in the first epoch, a tenth from the second on; default 0.1, and for networks "
+            "without BatchNorm Adam in one cycle instead",
+        )
         batch_size: int = Field(64, ge=2, description="largest batch of the purification")
         min_steps: int = Field(5, ge=1, description="updates that an epoch of purification has at least")
 
@@ -150,17 +159,18 @@ class MCLDef(Defense):
             drift = 1 - torch.cosine_similarity(clean.float(), positive).mean()
             return {"loss": contrast + config.mix * drift, "contrast": contrast, "drift": drift}
 
-        recipe = Recipe(
-            lr=config.lr,
-            weight_decay=1e-4,
-            schedule="steps",
-            milestones=(1, 10),
-            batch_size=config.batch_size,
-            epochs=config.epochs,
-            min_steps=config.min_steps,
-        )
-        fit("purify", body, columns, loss, recipe, context, capturable=True)
+        fit("purify", body, columns, loss, self.recipe(student), context, capturable=True)
         return student.eval()
+
+    def recipe(self, student: nn.Module) -> Recipe:
+        """The paper's; for a network without BatchNorm, unless a rate is given, one that it bears."""
+        config = self.config
+        recipe = Recipe(
+            weight_decay=1e-4, batch_size=config.batch_size, epochs=config.epochs, min_steps=config.min_steps
+        )
+        if config.lr is None and not any(isinstance(part, nn.BatchNorm2d) for part in student.modules()):
+            return recipe.model_copy(update={"optimizer": "adam", "lr": 3e-4, "schedule": "onecycle"})
+        return recipe.model_copy(update={"lr": config.lr or 0.1, "schedule": "steps", "milestones": (1, 10)})
 
 
 @hookimpl
