@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from bdcore import Context, Dataset, DefenseError, DefenseInput, Labelled, Outcome, Recipe, put_trigger
+from bdcore import Context, Dataset, DefenseError, DefenseInput, Labelled, Outcome, Recipe, UsageError, put_trigger
 from bdcore.artifacts import Poisoned, Scores, Verdict, fingerprint
 from bdcore.config import resolve
 from bdcore.context import Meter, Progress
@@ -359,6 +359,15 @@ class TestWhole:
         assert recipe.epochs == 20
         assert (recipe.optimizer, recipe.momentum, recipe.weight_decay, recipe.batch_size) == ("sgd", 0.9, 1e-4, 64)
         assert (recipe.crop, recipe.flip, recipe.cutout) == (0, False, 0)
+
+    def test_a_network_without_a_last_linear_layer_is_told_before_the_search(self):
+        model = bands(CLASSES, 1)
+        model.net.append(nn.Softmax(1))
+        told: list[Progress] = []
+        given = DefenseInput(CLASSES, model=model, clean=band_images(48, CLASSES))
+        with pytest.raises(UsageError, match="cannot be split into features"):
+            MCLDef(MCLDef.Config())(given, Context(report=told.append))
+        assert told == []
 
     def test_without_batch_normalisation_the_rate_is_lower(self, monkeypatch: pytest.MonkeyPatch):
         recipe = self.purifying(bands(CLASSES, 1), monkeypatch)

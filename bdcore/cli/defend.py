@@ -68,7 +68,7 @@ def describe(record: Mapping[str, Any], folder: Path) -> Iterator[str]:
         yield seen(model, clean)
     for defense in record["defenses"]:
         yield from _describe_defense(defense, record, folder)
-    yield f"Record: {folder / 'record.json'}"
+    yield f"Report: {folder / 'report.html'}"
 
 
 def _describe_defense(defense: Mapping[str, Any], record: Mapping[str, Any], folder: Path) -> Iterator[str]:

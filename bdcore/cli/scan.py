@@ -81,7 +81,7 @@ def describe(record: Mapping[str, Any], folder: Path) -> list[str]:
             + ", ".join(f"class {one} {verdict['evidence'][one]:.1f}" for one in order)
         )
     lines.append(reliability(record["calibration"]))
-    lines.append(f"Record: {folder / 'record.json'}")
+    lines.append(f"Report: {folder / 'report.html'}")
     return lines
 
 

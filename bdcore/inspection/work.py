@@ -9,7 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from bdcore.analysis.page import render
 from bdcore.analysis.pictures import contact_sheet, trigger_picture
+from bdcore.analysis.runs import read_run
 from bdcore.artifacts import Labelled, Outcome, Trigger, Triggered, Verdict
 from bdcore.config import Chosen
 from bdcore.context import Context
@@ -27,7 +29,7 @@ from bdcore.record import SCHEMA, check_folder, described, made_with, write_run_
 from bdcore.stages.defend import defend
 from bdcore.stages.evaluate import features, recovered, sampled
 from bdcore.staging import Result, Stages, form, identity, instance, oracles, pack, restore, triggers
-from bdcore.store import Entry, sha256_file
+from bdcore.store import Entry, sha256_file, write_bytes
 from bdcore.training import forward_batches
 
 _SHOWN = 8
@@ -239,7 +241,7 @@ class _Work(Stages):
         models: Mapping[str, nn.Module],
         subject: Subject,
     ) -> dict[str, Any]:
-        """The folder with triggers, suspects, pictures, features and, last, the record."""
+        """The folder with triggers, suspects, pictures, features, the record and, drawn from these, the report."""
         files = {
             f"{name}-{part}": entry.path(part)
             for name, entry in entries.items()
@@ -260,7 +262,9 @@ class _Work(Stages):
                         )
         tensors = {"features": self.features(first, models, subject)}
         kept = {name: content for name, content in tensors.items() if content}
-        return write_run_folder(folder, record, files, kept, subject.victim.arch, pictures)
+        complete = write_run_folder(folder, record, files, kept, subject.victim.arch, pictures)
+        write_bytes(folder / "report.html", render([read_run(folder)]).html.encode("utf-8", "replace"))
+        return complete
 
     def with_trigger(self, trigger: Trigger, images: Tensor) -> Tensor:
         """The same images with a recovered trigger, uint8."""

@@ -91,14 +91,16 @@ class MCLDef(Defense):
 
         Raises:
             DefenseError: the target given by hand is no class, or no trigger leads to the target.
+            UsageError: the model does not end with a linear layer.
         """
         assert given.model is not None
         assert given.clean is not None
         frozen = frozen_copy(given.model, context)
+        teacher, _ = split_head(frozen)  # before the search, lest a network without such features is told so after it
         found = self.find(given, frozen, context)
         if not found.triggers:
             return found
-        model = self.purify(given.model, frozen, found.triggers[0], given.clean.images, context)
+        model = self.purify(given.model, teacher, found.triggers[0], given.clean.images, context)
         return replace(found, model=model)
 
     def inspect(self, given: DefenseInput, context: Context) -> Outcome:
@@ -135,11 +137,11 @@ class MCLDef(Defense):
         return Outcome(None, verdict, (trigger,), {"trigger_size": round(float(stack.size[0]), 3)})
 
     def purify(
-        self, model: nn.Module, frozen: nn.Module, trigger: Trigger, images: Tensor, context: Context
+        self, model: nn.Module, teacher: nn.Module, trigger: Trigger, images: Tensor, context: Context
     ) -> nn.Module:
-        """Train a copy of the model so that triggered images look like clean ones to it, and unlike what they were."""
+        """Train a copy of the model so that triggered images look like clean ones to it, and unlike what they were; the
+        frozen `teacher` gives the model's penultimate features."""
         config = self.config
-        teacher, _ = split_head(frozen)
         # Without augmentation the teacher sees the same images every epoch: its features are computed once.
         columns = {
             "images": images,
