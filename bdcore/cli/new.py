@@ -19,7 +19,7 @@ import bdcore
 from bdcore.errors import UsageError
 from bdcore.plugins import RESERVED, Host
 
-KINDS = {"defense": "fine-pruning", "attack": "a checkerboard in a corner", "dataset": "drawn shapes"}
+KINDS = {"defense": "feature shift tuning", "attack": "a checkerboard in a corner", "dataset": "drawn shapes"}
 """What can be made, and what the package does to begin with."""
 
 _LONGEST = 30
