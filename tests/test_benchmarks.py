@@ -1,5 +1,6 @@
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -160,9 +161,11 @@ def test_a_benchmark_measures_and_the_table_takes_it(operators: ModuleType, tmp_
     file = tmp_path / "measured.json"
     command = [sys.executable, "-P", "-m", "pytest", "benchmarks/test_model_contrastive_loss.py", "--benchmark-only"]
     command += ["--device=cpu", "--threads=1", "--seconds=0.001", "-k", "64-1-64 and (bdcore or eager)"]
+    # Where these tests run in parallel, the benchmarks do not.
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     finished = subprocess.run(
         [*command, f"--benchmark-json={file}", "-p", "no:cacheprovider"],
-        cwd=ROOT, capture_output=True, text=True, check=False, timeout=120,
+        cwd=ROOT, env=alone, capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stdout + finished.stderr
     operators.write([json.loads(file.read_text())], tmp_path)
