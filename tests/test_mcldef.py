@@ -182,13 +182,14 @@ class TestJudge:
         found = bool(indices[smallest] > anomaly and ratio > 3)
         verdict = self.judge(sizes, anomaly)
         assert (verdict.backdoored, verdict.target) == (found, smallest if found else None)
-        np.testing.assert_allclose(verdict.evidence, indices, atol=1e-3)
+        worth = anomaly * (median - logs) / np.log(3)  # what a third of the median is worth
+        np.testing.assert_allclose(verdict.evidence, np.minimum(indices, worth), atol=1e-3)
 
     def test_an_outlier_must_also_be_less_than_a_third_of_the_median(self):
         others = [100.0, 101, 99, 100.5, 99.5, 100, 101, 99]
         for size, found in [(50.0, False), (34.0, False), (32.0, True), (1.0, True)]:
             verdict = self.judge([*others, size])
-            assert verdict.evidence[8] > 20, "many deviations below the median in every case"
+            assert (verdict.evidence[8] > 2) == found, "though many deviations below the median in every case"
             assert verdict.target == (8 if found else None)
 
     def test_a_large_trigger_is_no_outlier(self):

@@ -255,7 +255,13 @@ def _shots(run: Run) -> Iterator[Shot]:
             alt = (
                 f"contact sheet: clean images, the same with the trigger that {found[1]} recovered, and what it changes"
             )
-            yield Shot(png, width, f"{found[1]}: class {found[2]}, on images", alt, "Clean images, the same triggered.")
+            yield Shot(
+                png,
+                width,
+                f"{found[1]}: class {found[2]}, on images",
+                alt,
+                "Clean images, the same with what was recovered.",
+            )
         elif found:
             alt = f"trigger towards class {found[2]} that {found[1]} recovered"
             yield Shot(png, width, f"{found[1]}: class {found[2]}", alt, _worth(run.record, found[1], int(found[2])))

@@ -77,7 +77,7 @@ def describe(record: Mapping[str, Any], folder: Path) -> list[str]:
     if verdict["evidence"]:
         order = sorted(range(len(verdict["evidence"])), key=lambda one: -verdict["evidence"][one])[:3]
         lines.append(
-            "Evidence, in deviations from the median class: "
+            "Evidence, in deviations below the median class: "
             + ", ".join(f"class {one} {verdict['evidence'][one]:.1f}" for one in order)
         )
     lines.append(reliability(record["calibration"]))
@@ -87,8 +87,7 @@ def describe(record: Mapping[str, Any], folder: Path) -> list[str]:
 
 def named(one: Mapping[str, Any]) -> str:
     """A class by its number, and its name where it has another one."""
-    name = one["class_name"]
-    return str(one["target"]) if name in (None, str(one["target"])) else f"{one['target']} ({name})"
+    return str(one["target"]) if one["class_name"] is None else f"{one['target']} ({one['class_name']})"
 
 
 def seen(model: Mapping[str, Any], clean: Mapping[str, Any]) -> str:

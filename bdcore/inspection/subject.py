@@ -59,8 +59,9 @@ class Subject:
         return float((self.predicted == self.clean.labels).double().mean())
 
     def class_name(self, number: int | None) -> str | None:
-        """The name of a class, where it has one."""
-        return self.classes[number] if number is not None and number < len(self.classes) else None
+        """The name of a class, where it has one besides its number."""
+        name = self.classes[number] if number is not None and number < len(self.classes) else None
+        return None if name == str(number) else name
 
 
 def read_subject(request: Request, context: Context) -> Subject:

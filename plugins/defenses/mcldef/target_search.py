@@ -11,7 +11,7 @@ span orders of magnitude, so that on the linear scale a deviation of two below t
 size must also be less than a third of the median: among ten classes of a clean model, two deviations are no rarity.
 """
 
-from math import ceil
+from math import ceil, log
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,8 @@ def search_target(model: nn.Module, stack: Inversion, images: Tensor, anomaly: f
         context: where and how to compute.
 
     Returns:
-        The verdict; its evidence is each class's deviation below the median. With fewer than five classes nothing is
+        The verdict; its evidence is each class's deviation below the median, above `anomaly` only where its trigger is
+        small enough as well. With fewer than five classes nothing is
         inverted: a warning, and a verdict without target or evidence.
     """
     classes = len(stack.targets)
@@ -82,12 +83,13 @@ def _log_sizes(stack: Inversion) -> Tensor:
 
 
 def _judge(sizes: Tensor, anomaly: float) -> Verdict:
-    """The outlier rule on logarithms of sizes, [T]."""
+    """The outlier rule on logarithms of sizes, [T]. Evidence is the deviations below the median, but no more of them
+    than the factor below it is worth, so that both parts of the rule say: more than `anomaly`."""
     # The mean of the two middle values where T is even; torch's median would take the lower.
     middle = sizes.quantile(0.5)
     spread = 1.4826 * (sizes - middle).abs().quantile(0.5)
-    index = (middle - sizes) / spread.clamp(min=1e-3)
+    deviations = (middle - sizes) / spread.clamp(min=1e-3)
+    evidence = deviations.minimum(anomaly * (middle - sizes) / log(_RATIO))
     smallest = int(sizes.argmin())
-    found = bool(index[smallest] > anomaly) and float(middle - sizes[smallest]) > torch.tensor(_RATIO).log()
-    evidence = tuple(round(value, 3) for value in index.tolist())
-    return Verdict(bool(found), smallest if found else None, evidence)
+    found = bool(evidence[smallest] > anomaly)
+    return Verdict(found, smallest if found else None, tuple(round(value, 3) for value in evidence.tolist()))
