@@ -153,7 +153,12 @@ def lay_files(folder: Path) -> None:
     images = torch.randint(0, 256, (10, 3, 32, 32), dtype=torch.uint8, generator=generator)
     for number, image in enumerate(images):
         picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-        for place in (f"photos/{number % 10}", "unlabelled", f"downloaded/{number % 10}", f"parts/test/{number % 10}"):
+        for place in (
+            f"photos/digit{number % 10}",
+            "unlabelled",
+            f"downloaded/{number % 10}",
+            f"parts/test/{number % 10}",
+        ):
             (folder / place).mkdir(parents=True, exist_ok=True)
             picture.save(folder / place / f"{number}.png")
         (folder / "one" / "thing").mkdir(parents=True, exist_ok=True)
@@ -477,7 +482,7 @@ def test_the_page_names_the_files_of_a_folder(records: Mapping[str, list[dict[st
 def plain(line: str) -> str:
     """A line of output without what differs from model to model."""
     line = re.sub(r"^Looked at \S+|\w+\.pt\b", "NAME", line)
-    line = re.sub(r"\S*/\S+", "PATH", re.sub(r" \(confidence \d+%\)", "", line.replace("judge", "mcldef")))
+    line = re.sub(r"\S*/\S+", "PATH", re.sub(r" \((confidence \d+%|digit\d)\)", "", line.replace("judge", "mcldef")))
     return re.sub(r"-?\d[\d,]*(\.\d+)?", "#", line)
 
 
