@@ -38,9 +38,9 @@ OPTIONS = {"inversion": "pixel", "anomaly": 2.0, "target": None}
 """What of MCLDef's options the evidence and the verdict depend on."""
 
 FAMILIES: dict[str, dict[str, Any]] = {
-    "digits, wrn10_1": {"dataset": "digits", "model": "wrn10_1", "images": 72, "settings": []},
-    "digits, wrn16_1": {"dataset": "digits", "model": "wrn16_1", "images": 72, "settings": []},
-    "CIFAR-10, wrn16_1": {
+    "wrn10_1 on digits": {"dataset": "digits", "model": "wrn10_1", "images": 72, "settings": []},
+    "wrn16_1 on digits": {"dataset": "digits", "model": "wrn16_1", "images": 72, "settings": []},
+    "wrn16_1 on CIFAR-10": {
         "model": "wrn16_1",
         "images": 500,
         "settings": [
@@ -61,7 +61,7 @@ def main() -> None:
     asked = parser.parse_args()
     families = {name: family for name, family in FAMILIES.items() if "dataset" in family}
     if asked.cifar10:
-        families["CIFAR-10, wrn16_1"] = {**FAMILIES["CIFAR-10, wrn16_1"], "dataset": f"npz:{asked.cifar10}"}
+        families["wrn16_1 on CIFAR-10"] = {**FAMILIES["wrn16_1 on CIFAR-10"], "dataset": f"npz:{asked.cifar10}"}
     rows = [
         row
         for name, family in families.items()
@@ -121,7 +121,6 @@ def scanned(name: str, family: dict[str, Any], seed: int, *, attacked: bool) -> 
         "said": verdict["backdoored"],
         "named": verdict["target"],
         "evidence": max(verdict["evidence"]),
-        "seconds": found["seconds"],
     }
 
 
@@ -138,7 +137,7 @@ def fitted(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "intercept": round(intercept, 4),
         "slope": round(slope, 4),
-        "on": f"{groups}; BadNets patches of 3 x 3 pixels",
+        "on": f"{groups}; the backdoors are BadNets patches of 3 x 3 pixels",
         "models": len(rows),
         "clean": int((~truth).sum()),
         "auroc": round(float(roc_auc_score(truth, evidence)), 4),
@@ -175,8 +174,8 @@ def markdown(report: dict[str, Any]) -> str:
         f"{fit['auroc']:.3f}; Brier score, each model left out of the fit in turn, {fit['brier']:.4f}. "
         f"Chance of a backdoor = 1 / (1 + exp(-({fit['intercept']} + {fit['slope']} evidence))).",
         "",
-        "| models | truth | scanned | accuracy | ASR | called backdoored | target right | evidence | seconds |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| models | truth | scanned | accuracy | ASR | called backdoored | target right | evidence |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in dict.fromkeys(row["models"] for row in rows):
         for attacked in (False, True):
@@ -188,8 +187,7 @@ def markdown(report: dict[str, Any]) -> str:
             lines.append(
                 f"| {name} | {'backdoored' if attacked else 'clean'} | {len(part)} "
                 f"| {100 * mean(row['accuracy'] for row in part):.1f} | {asr} | {sum(row['said'] for row in part)} "
-                f"| {right} | {mean(spread):.1f}{deviation}, {min(spread):.1f} to {max(spread):.1f} "
-                f"| {mean(row['seconds'] for row in part):.1f} |"
+                f"| {right} | {mean(spread):.1f}{deviation}, {min(spread):.1f} to {max(spread):.1f} |"
             )
     return "\n".join(lines) + "\n"
 

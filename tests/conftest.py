@@ -50,6 +50,13 @@ class Site:
         (info / "RECORD").write_text("".join(f"{name},,\n" for name in names))
         importlib.invalidate_caches()
 
+    def forget(self, *more: Path) -> None:
+        """Let this process import anew what lies here or in further folders, or no longer find it."""
+        folders = tuple(f"{folder}{os.sep}" for folder in (self.folder, *more))
+        for name, module in list(sys.modules.items()):
+            if str(getattr(module, "__file__", None)).startswith(folders):
+                del sys.modules[name]
+
     def bdcore(self, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
         """Run the installed command `bdcore` in a process of its own that sees these distributions."""
         script = Path(sys.executable).with_name("bdcore")
@@ -69,9 +76,7 @@ def site(new_site: Callable[[], Site], monkeypatch: pytest.MonkeyPatch) -> Itera
     made = new_site()
     monkeypatch.syspath_prepend(made.folder)
     yield made
-    for name, module in list(sys.modules.items()):
-        if str(getattr(module, "__file__", None)).startswith(str(made.folder)):
-            del sys.modules[name]
+    made.forget()
 
 
 def _lacking(*parts: str) -> str:

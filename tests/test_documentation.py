@@ -207,6 +207,7 @@ def world(new_site: Callable[[], Any], tmp_path_factory: pytest.TempPathFactory)
     folder, site = tmp_path_factory.mktemp("world"), new_site()
     with pytest.MonkeyPatch.context() as patch, chdir(folder), ExitStack() as stack:
         stack.callback(patch.undo)
+        stack.callback(site.forget, folder)
         patch.setenv("BDCORE_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.syspath_prepend(site.folder)
         patch.setattr("bdcore_plugins.defenses.mcldef.target_search._SHORT", 1)

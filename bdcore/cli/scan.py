@@ -108,10 +108,12 @@ def reliability(calibration: Mapping[str, Any] | None) -> str:
     """What the confidence rests on."""
     if calibration is None:
         return "No confidence is given: this plugin with these options was not calibrated on models of known truth."
-    hits, alarms = calibration["true_positives"], calibration["false_positives"]
+    clean = calibration["clean"]
+    backdoored = calibration["models"] - clean
+    hits, alarms = calibration["true_positives"] * backdoored, calibration["false_positives"] * clean
     return (
-        f"The confidence is calibrated on {calibration['models']} models of known truth, {calibration['clean']} of "
-        f"them clean ({calibration['on']}): {hits:.0%} of the backdoored ones were found, {alarms:.0%} of the clean "
-        f"ones were accused; AUROC {calibration['auroc']:.2f}, Brier score {calibration['brier']:.3f}. Elsewhere it is "
-        "an extrapolation, and triggers that cover the whole image or differ from image to image are missed."
+        f"The confidence is calibrated on {calibration['models']} models of known truth ({calibration['on']}): "
+        f"{hits:.0f} of {backdoored} backdoored ones were found, {alarms:.0f} of {clean} clean ones accused; AUROC "
+        f"{calibration['auroc']:.2f}, Brier score {calibration['brier']:.3f}. Elsewhere it is an extrapolation, and "
+        "triggers that cover the whole image or differ from image to image are missed."
     )
