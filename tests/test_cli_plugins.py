@@ -113,7 +113,9 @@ def _read(terminal: int) -> bytes:
 
 def test_interrupting_an_import_ends_with_130(new_site):
     site = new_site()
-    source = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nimport time\ntime.sleep(60)\n"
+    # Whatever started the tests may have let SIGINT be ignored, which children inherit.
+    source = "import os, signal, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    source += "os.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
     site.add("slow-dist", {"a": "slow_plugin"}, {"slow_plugin.py": source})
     done = site.bdcore("plugins", "--json")
     assert done.returncode == 130

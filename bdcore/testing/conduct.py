@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from bdcore.errors import DefenseError, PluginError, UsageError
-from bdcore.machine import peak_memory_bytes, reset_peak_memory
+from bdcore.machine import peak_memory_bytes, reset_peak_memory, return_freed_memory
 from bdcore.plugins import explain
 from bdcore.testing.findings import ConformanceError, NotApplicable, broken
 
@@ -53,6 +53,7 @@ def observed(work: Callable[[], object]) -> Conduct:
     """Call `work` and watch; an exception of it is kept, not raised."""
     seen = Conduct()
     states = _random_states()
+    return_freed_memory()  # else a plugin could take what earlier work left, unseen
     reset_peak_memory(_CPU)
     before = peak_memory_bytes(_CPU)
     began = perf_counter()
