@@ -9,7 +9,7 @@ from bdcore.artifacts import Architecture, Labelled
 from bdcore.context import Context
 from bdcore.errors import UsageError, unknown_name
 from bdcore.models import Classifier
-from bdcore.training import forward_batches
+from bdcore.stages.evaluate import answers
 
 NAMED: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "none": ((0.0,), (1.0,)),
@@ -68,7 +68,7 @@ def likeliest(model: Classifier, arch: Architecture, data: Labelled, context: Co
     for name, (mean, std) in NAMED.items():
         if len(mean) in (1, channels):
             normalise(model, arch, _each(mean, channels), _each(std, channels))
-            predicted = forward_batches(lambda batch: model(batch).argmax(1), data.images, context).cpu()
+            predicted = answers(model, data.images, context)
             right[name] = int((predicted == data.labels).sum())
     best = max(right, key=lambda name: right[name])
     mean, std = NAMED[best]

@@ -15,7 +15,7 @@ from bdcore.inspection.request import Request
 from bdcore.models import Checkpoint, Classifier, build, load_into, manifest_of, read_checkpoint
 from bdcore.samples import Samples, read_samples
 from bdcore.stages.data import architecture
-from bdcore.training import forward_batches
+from bdcore.stages.evaluate import answers, share
 
 _TRIED = 256
 """Images by which a normalisation is chosen."""
@@ -56,7 +56,7 @@ class Subject:
         """Share of the clean images that the model gets right; None where nothing says what is right."""
         if self.predicted is None or self.clean is None or not self.labelled:
             return None
-        return float((self.predicted == self.clean.labels).double().mean())
+        return share(self.predicted == self.clean.labels)
 
     def class_name(self, number: int | None) -> str | None:
         """The name of a class, where it has one besides its number."""
@@ -100,7 +100,7 @@ def read_subject(request: Request, context: Context) -> Subject:
     own = suspect and _labelled("suspect", suspect, suspect.labels, arch.classes)
     if clean is None:
         return Subject(Victim(model, arch), checkpoint, None, own or None, names, False, whole, said, None)
-    predicted = forward_batches(lambda batch: model(batch).argmax(1), clean.images, context).cpu()
+    predicted = answers(model, clean.images, context)
     data = _labelled("clean", clean, predicted if clean.labels is None else clean.labels, arch.classes)
     subject = Subject(
         Victim(model, arch), checkpoint, data, own or None, names, clean.labels is not None, whole, said,

@@ -27,10 +27,9 @@ from bdcore.ops.registration import implementation
 from bdcore.plugins import Host, blamed
 from bdcore.record import SCHEMA, check_folder, described, made_with, write_run_folder
 from bdcore.stages.defend import defend
-from bdcore.stages.evaluate import features, recovered, sampled
+from bdcore.stages.evaluate import answers, features, recovered, sampled, share
 from bdcore.staging import Result, Stages, form, identity, instance, oracles, pack, restore, triggers
 from bdcore.store import Entry, sha256_file, write_bytes
-from bdcore.training import forward_batches
 
 _SHOWN = 8
 """Images on which a recovered trigger is drawn."""
@@ -165,9 +164,9 @@ class _Work(Stages):
         verdict = entry.payload["verdict"]
         accuracy = agreement = None
         if model is not None and subject.clean is not None:
-            answers = self.answers(model, subject.clean)
-            accuracy = _share(answers == subject.clean.labels) if subject.labelled else None
-            agreement = _share(answers == subject.predicted) if subject.predicted is not None else None
+            after = answers(model, subject.clean.images, self.context("evaluate"))
+            accuracy = share(after == subject.clean.labels) if subject.labelled else None
+            agreement = share(after == subject.predicted) if subject.predicted is not None else None
         named = verdict and {**verdict, "class_name": subject.class_name(verdict["target"])}
         suspects = entry.tensors("suspects")["index"] if "suspects" in entry.files else None
         return {
@@ -193,10 +192,6 @@ class _Work(Stages):
             _Found(one.target, subject.class_name(one.target), one.asr, then.asr if then else None, one.size)
             for one, then in zip(before, left, strict=True)
         ]
-
-    def answers(self, model: nn.Module, data: Labelled) -> Tensor:
-        """The class that a model gives to each image, int64 [N]."""
-        return forward_batches(lambda batch: model(batch).argmax(1), data.images, self.context("evaluate")).cpu()
 
     def head(self, subject: Subject) -> dict[str, Any]:
         """What every record of an inspection begins with."""
@@ -301,7 +296,3 @@ class _Found:
     asr: float | None
     asr_after: float | None
     size: float
-
-
-def _share(hits: Tensor) -> float:
-    return float(hits.double().mean())

@@ -23,23 +23,25 @@ def evaluate(
 ) -> Scores:
     """BA, ASR, RA and the target class's own accuracy, in fp32 on the whole test set (see `Scores`)."""
     model = model.to(context.device).eval()
-
-    def predict(images: Tensor) -> Tensor:
-        return forward_batches(lambda batch: model(batch).argmax(1), images, context).cpu()
-
-    right = predict(test.images) == test.labels
+    right = answers(model, test.images, context) == test.labels
     asr = ra = None
     if triggered is not None and len(triggered.images):
-        predicted = predict(triggered.images)
-        asr, ra = _share(predicted == triggered.targets), _share(predicted == triggered.labels)
+        predicted = answers(model, triggered.images, context)
+        asr, ra = share(predicted == triggered.targets), share(predicted == triggered.labels)
     of_target = test.labels == target if target is not None else None
     return Scores(
-        clean_accuracy=_share(right),
+        clean_accuracy=share(right),
         asr=asr,
         ra=ra,
-        target_class_accuracy=_share(right[of_target]) if of_target is not None and of_target.any() else None,
-        nontarget_accuracy=_share(right[~of_target]) if of_target is not None and not of_target.all() else None,
+        target_class_accuracy=share(right[of_target]) if of_target is not None and of_target.any() else None,
+        nontarget_accuracy=share(right[~of_target]) if of_target is not None and not of_target.all() else None,
     )
+
+
+def answers(model: nn.Module, images: Tensor, context: Context) -> Tensor:
+    """The class that a classifier, on the context's device, gives each of uint8 [N, C, H, W] images: int64 [N], on the
+    CPU."""
+    return forward_batches(lambda batch: model(batch).argmax(1), images, context).cpu()
 
 
 def recovered(model: nn.Module, test: Labelled, triggers: Sequence[Trigger], context: Context) -> list[Recovered]:
@@ -54,7 +56,7 @@ def recovered(model: nn.Module, test: Labelled, triggers: Sequence[Trigger], con
             test.images[test.labels != trigger.target],
             context,
         )
-        asr = _share(predicted == trigger.target) if len(predicted) else None
+        asr = share(predicted == trigger.target) if len(predicted) else None
         found.append(Recovered(trigger.target, asr, round(_size(trigger), 3)))
     return found
 
@@ -146,5 +148,6 @@ def _ratio(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
 
-def _share(hits: Tensor) -> float:
+def share(hits: Tensor) -> float:
+    """How much of a bool [N] is true."""
     return float(hits.double().mean())
