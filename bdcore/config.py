@@ -22,9 +22,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from bdcore.contract import Attack, DatasetPlugin, PluginConfig
 from bdcore.errors import UsageError, unknown_name
@@ -60,8 +60,21 @@ class RunSettings(Settings):
         description="trained on the poisoned set; or a clean classifier, fine-tuned with poison_rate of every batch "
         "poisoned anew",
     )
+    fine_tuning_lr: float = Field(1e-3, gt=0, le=10, description="learning rate of the victim that is fine-tuned")
+    fine_tuning_epochs: int = Field(10, ge=1, le=10_000, description="passes over the data of that fine-tuning")
     clean_fraction: float = Field(0.05, gt=0, le=1, description="share of the training set that the defender has clean")
     compile: bool = Field(False, description="train with torch.compile")
+
+    @model_validator(mode="after")
+    def _used(self) -> Self:
+        # A record names every option, so that only a value of one's own shows that its author expects an effect.
+        fields = type(self).model_fields
+        changed = [
+            name for name in ("fine_tuning_lr", "fine_tuning_epochs") if getattr(self, name) != fields[name].default
+        ]
+        if changed and self.victim != "fine_tuned":
+            raise ValueError(f"{' and '.join(changed)} change nothing without run.victim=fine_tuned")
+        return self
 
 
 @dataclass(frozen=True)

@@ -153,21 +153,22 @@ class _Run(Stages):
     def attacked(self, dataset: Dataset) -> tuple[Poisoned, Entry | None, Architecture]:
         """The training set as the victim sees it, of which only what the attack changes is stored; the victim where the
         attacker made it; the architecture."""
-        clean, model = dataset.train, self.config.run.model
+        clean, run = dataset.train, self.config.run
         if self.config.attack is None:
             untouched = torch.zeros(len(clean), dtype=torch.bool)
-            return Poisoned(clean, untouched, None, None), None, data.architecture(model, clean, dataset.classes)
+            return Poisoned(clean, untouched, None, None), None, data.architecture(run.model, clean, dataset.classes)
         chosen = self.config.attack
         kind = type(cast(Attack, instance(chosen)))
-        fine_tuned = self.config.run.victim == "fine_tuned"
-        arch = data.architecture(model, clean, dataset.classes)
-        depends = {"data": dataset.fingerprint, "attack": identity(chosen), "seed": self.config.run.seed}
+        fine_tuned = run.victim == "fine_tuned"
+        tuning = FINE_TUNING.model_copy(update={"lr": run.fine_tuning_lr, "epochs": run.fine_tuning_epochs})
+        arch = data.architecture(run.model, clean, dataset.classes)
+        depends = {"data": dataset.fingerprint, "attack": identity(chosen), "seed": run.seed}
         depends |= {"bdcore": code(), "torch": torch.__version__, "operators": implementation("cpu")}
         if fine_tuned or kind.prepare is not Attack.prepare:
             depends |= {
                 "arch": form(arch),
                 "recipe": self.config.train.model_dump(),
-                "tuned": fine_tuned,
+                "tuned": tuning.model_dump() if fine_tuned else None,
                 **self.base,
             }
         surrogate = self.trained("surrogate", clean, arch) if fine_tuned or kind.surrogate else None
@@ -185,7 +186,7 @@ class _Run(Stages):
                     poisons = poison_all(dataset, attack, context)
                 with metered(context.meter):
                     rate = attack.config.poison_rate
-                    victim = fine_tune(known, clean, poisons, rate, FINE_TUNING, context)
+                    victim = fine_tune(known, clean, poisons, rate, tuning, context)
             changed = made.poisoned.nonzero()[:, 0]
             tensors = {"index": changed, "images": made.train.images[changed], "labels": made.train.labels[changed]}
             assert made.triggered is not None
@@ -206,7 +207,7 @@ class _Run(Stages):
         if "model" in entry.files:
             return poisoned, entry, arch
         # Whoever trains on a poisoned set normalises by what he sees.
-        return poisoned, None, data.architecture(model, poisoned.train, dataset.classes)
+        return poisoned, None, data.architecture(run.model, poisoned.train, dataset.classes)
 
     def trained(self, stage: str, data_set: Labelled, arch: Architecture) -> Entry:
         """The parameters of a classifier trained by the run's recipe: the victim's, or those of an attacker's own."""

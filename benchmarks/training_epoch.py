@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import to_tensor
 
-from bdcore import Architecture, Labelled, PluginConfig, Recipe, build
+from bdcore import Architecture, Labelled, Recipe, build
 from bdcore.context import Context
 from bdcore.stages.train import train
 from bdcore.training.precision import Precision, choose_precision
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, metavar="N")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    data = Npz(PluginConfig()).load(str(given.data)).train if given.data else noise(given.images)
+    data = Npz(Npz.Config()).load(str(given.data)).train if given.data else noise(given.images)
     data = data.select(torch.arange(given.images))
 
     auto = choose_precision("auto", CPU)

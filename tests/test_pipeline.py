@@ -233,6 +233,17 @@ class TestCache:
         assert record["artifacts"]["victim"]["sha256"] == warm[1]["artifacts"]["victim"]["sha256"]
 
     @pytest.mark.usefixtures("cache")
+    def test_a_fine_tuned_victim_is_made_of_one_clean_classifier(self, digits: Path, tmp_path: Path):
+        settings = ["run.victim=fine_tuned", "run.fine_tuning_epochs=3"]
+        record, observer = go(digits, tmp_path / "slow", plugins=["badnets"], settings=settings)
+        assert observer.computed[:3] == ["data", "surrogate", "poison"]
+        assert observer.epochs == ["surrogate"] * 2 + ["poison"] * 3
+        settings.append("run.fine_tuning_lr=0.05")
+        faster, observer = go(digits, tmp_path / "fast", plugins=["badnets"], settings=settings)
+        assert observer.computed[:2] == ["data", "poison"]
+        assert faster["victim"]["asr"] > record["victim"]["asr"]
+
+    @pytest.mark.usefixtures("cache")
     def test_the_content_of_a_picture_counts(self, digits: Path, tmp_path: Path):
         picture = tmp_path / "trigger.png"
         settings = [f"attack.picture={json.dumps(str(picture))}"]
