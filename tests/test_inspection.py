@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bdcore.artifacts import Architecture, Labelled
 from bdcore.cli import main
 from bdcore.context import Context
-from bdcore.errors import UsageError
+from bdcore.errors import StoreError, UsageError
 from bdcore.inspection.normalisation import NAMED, likeliest, normalise, parse
 from bdcore.models import Classifier, build
 
@@ -268,6 +268,21 @@ class TestDefend:
         assert row["clean_accuracy"] == row["agreement"] == 0, "all answers are turned around"
         assert row["isolation"] is None
         assert asked(*arguments, "--out", "pure.pt")[0] == 0, "the same again is no overwriting"
+
+    def test_what_ended_between_model_and_record_can_be_repeated(
+        self, asked: Callable[..., Any], model: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        def full(*_: object) -> None:
+            raise StoreError("no space left")
+
+        arguments = ("defend", "--plugin", "judge", "--model", str(model), *MINE, "--clean", "folder:photos")
+        with monkeypatch.context() as patch:
+            patch.setattr("bdcore.inspection.work.write_run_folder", full)
+            assert asked(*arguments, "--out", "pure.pt")[0] == 1
+        assert not Path("pure.pt").exists()
+        assert asked(*arguments, "--out", "pure.pt")[0] == 0
+        assert torch.load("pure.pt", weights_only=True)
+        assert not [*Path().glob("*.part")]
 
     def test_safetensors_stay_safetensors(self, asked: Callable[..., Any]):
         save_file(network().state_dict(), "net.safetensors")

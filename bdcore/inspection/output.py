@@ -54,18 +54,24 @@ def check_output(request: Request, folder: Path) -> None:
 
 
 def write_model(path: Path, model: nn.Module, subject: Subject) -> str:
-    """Write a purified model in the form that the model came in; the SHA-256 of the file.
+    """Write a purified model in the form that the model came in, under `unfinished(path)`; the SHA-256 of the file.
 
     One that bdcore wrote, or that was trained from nothing, gets a manifest beside it that says how to build it.
     """
     assert isinstance(model, Classifier)
-    like = subject.checkpoint
+    like, part = subject.checkpoint, unfinished(path)
     if like is not None:
-        sha256 = write_checkpoint(path, like, model.state_dict())
+        sha256 = write_checkpoint(part, like, model.state_dict())
         if not (subject.whole and like.form == "safetensors"):
             return sha256
     else:
-        sha256 = save_tensors(path, model.state_dict())
+        sha256 = save_tensors(part, model.state_dict())
     manifest = {"format": "safetensors", "arch": asdict(subject.victim.arch), "path": path.name, "sha256": sha256}
     write_json(path.with_suffix(".json"), manifest)
     return sha256
+
+
+def unfinished(path: Path) -> Path:
+    """What a model is called until the record stands that says whose it is: killed before that, the same command can
+    be repeated, which would take a file at `path` for somebody else's."""
+    return path.with_name(f"{path.name}.part")

@@ -18,7 +18,7 @@ from bdcore.context import Context
 from bdcore.contract import Defense
 from bdcore.errors import DefenseError
 from bdcore.inspection.calibration import calibrated
-from bdcore.inspection.output import check_output, folder_of, output_of, run_id, write_model
+from bdcore.inspection.output import check_output, folder_of, output_of, run_id, unfinished, write_model
 from bdcore.inspection.request import Request
 from bdcore.inspection.subject import Subject, read_subject
 from bdcore.observing import observe
@@ -123,12 +123,14 @@ class _Work(Stages):
             if "model" in entry.files:
                 models[name] = restore(entry, subject.victim.arch).to(self.device)
             rows.append(self.row(name, entry, models.get(name), subject))
+        paths = {name: output_of(self.request, name) for name in models}
         for row in rows:
-            row["model"] = None
-            if row["name"] in models:
-                path = output_of(self.request, row["name"])
-                row["model"] = {"path": str(path), "sha256": write_model(path, models[row["name"]], subject)}
-        return self.write(folder, {**self.head(subject), "defenses": rows}, entries, models, subject)
+            path = paths.get(row["name"])
+            row["model"] = path and {"path": str(path), "sha256": write_model(path, models[row["name"]], subject)}
+        record = self.write(folder, {**self.head(subject), "defenses": rows}, entries, models, subject)
+        for path in paths.values():
+            unfinished(path).replace(path)
+        return record
 
     def outcome(self, chosen: Chosen, subject: Subject) -> Entry:
         """What a defense makes of the subject, from the cache or anew."""
