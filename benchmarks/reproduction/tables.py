@@ -21,6 +21,7 @@ BEFORE = "none"
 """The defense that is none: the victim as it is."""
 CLEAN = "no_attack"
 """The case without an attack: what a defense harms, or finds, where nothing is wrong."""
+_OF_ATTACKS = ("attack.", "run.victim", "run.fine_tuning_")  # keys that mean nothing without one
 
 
 @dataclass(frozen=True)
@@ -142,9 +143,7 @@ class Table:
     def _cell(self, case: Case, column: Column, seed: int, images: str) -> Cell:
         settings = {**self.settings, **case.settings, **column.settings}
         if case.attack is None:
-            settings = {
-                key: value for key, value in settings.items() if not key.startswith("attack.") and key != "run.victim"
-            }
+            settings = {key: value for key, value in settings.items() if not key.startswith(_OF_ATTACKS)}
         plugins = tuple(name for name in (case.attack, column.plugin) if name)
         return Cell(case.name, column.name, seed, plugins, settings, images)
 
