@@ -24,7 +24,7 @@ weaken a backdoor. It is the defense `finetune` with this recipe, in the same ru
 
 The rates of the removal are the paper's, for ResNet-18. What a network learns in a step grows with its width: one eight
 times narrower, as WRN-16-1, keeps a part of the backdoor at `lr=0.001` even where the true trigger is known. There
-`lr=0.008` and `trigger_rate=0.1` do what the paper's rates do for a wide one (`benchmarks/results/mesa-small.md`).
+`lr=0.008` and `trigger_rate=0.05` do what the paper's rates do for a wide one (`benchmarks/results/mesa-small.md`).
 
 Deviations from the paper and the released code:
 - The clean set is `run.clean_fraction` of the training data; the paper takes 8,000 of CIFAR-10's test images, for which
