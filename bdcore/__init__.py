@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from bdcore.errors import DataError, DefenseError, UsageError
     from bdcore.models import build, split_head
     from bdcore.ops import (
+        BatchNormReLU,
         LowestK,
+        batch_norm_relu,
         blend_trigger,
         info_nce,
         isolation_loss,
@@ -73,7 +75,9 @@ _HOME = {
     "UsageError": "errors",
     "build": "models",
     "split_head": "models",
+    "BatchNormReLU": "ops",
     "LowestK": "ops",
+    "batch_norm_relu": "ops",
     "blend_trigger": "ops",
     "info_nce": "ops",
     "isolation_loss": "ops",
@@ -97,6 +101,7 @@ __all__ = [
     "AttackConfig",
     "AttackInput",
     "Batch",
+    "BatchNormReLU",
     "CleanLabelAttack",
     "CleanLabelConfig",
     "Context",
@@ -119,6 +124,7 @@ __all__ = [
     "Triggered",
     "UsageError",
     "Verdict",
+    "batch_norm_relu",
     "blend_trigger",
     "build",
     "fit",

@@ -45,6 +45,11 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[..., Tensor], list
     for k, number in ((5, 33), (100, 5000)):
         yield "lowest_k", lambda losses, k=k: ops.lowest_k(losses.detach(), k), [rand(number, of=torch.float32)]
 
+    for channels in (3, 20, 64):
+        tensors = [rand(9, channels, 5, 7), rand(channels, of=torch.float32), rand(channels, of=torch.float32)]
+        for training in (False, True):
+            yield "batch_norm_relu", partial(_normalise, training=training), tensors
+
     normalised = {"mean": MEAN, "std": STD, "out_dtype": dtype}
     pattern, mask = rand(2, 3, 5, 4, of=torch.float32), rand(2, 1, 5, 4, of=torch.float32)
     index, offset = choose(2, (9,)) - choose(2, (9,)), choose(3, (9, 2))
@@ -63,6 +68,11 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 
 def _blend(images: Tensor, pattern: Tensor, mask: Tensor, index: Tensor, offset: Tensor, **options: object) -> Tensor:
     return ops.blend_trigger(images, pattern, mask, index=index, offset=offset, **options)
+
+
+def _normalise(x: Tensor, weight: Tensor, bias: Tensor, training: bool) -> Tensor:
+    mean, variance = torch.zeros_like(bias).detach(), torch.ones_like(weight).detach()
+    return ops.batch_norm_relu(x, mean, variance, weight, bias, training)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,9 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
         pixels, index, seed=3, crop=2, flip=True, pattern=p, mask=m, trigger=trigger, offset=offset, **NORMALISED
     ),
     "lowest_k": lambda losses: ops.lowest_k(losses.detach(), 7),
+    "batch_norm_relu": lambda x, weight, bias, mean, var: ops.batch_norm_relu(
+        x, mean.detach(), var.detach(), weight, bias
+    ),
 }
 
 
@@ -39,18 +42,21 @@ def draw(operator: str, seed: int, device: torch.device) -> list[Tensor]:
 
     match operator:
         case "model_contrastive_loss":
-            return [rand(B, D), rand(B, D), rand(B, K, D)]
+            found = [rand(B, D), rand(B, D), rand(B, K, D)]
         case "info_nce":
-            return [rand(B, D), rand(2 * B, D), choose(0, 2 * B, B)]
+            found = [rand(B, D), rand(2 * B, D), choose(0, 2 * B, B)]
         case "isolation_loss":
-            return [rand(B, C), choose(0, C, B)]
+            found = [rand(B, C), choose(0, C, B)]
         case "blend_trigger":
-            return [rand(B, 3, 8, 8), rand(T, 3, 3, 3), rand(T, 1, 3, 3), choose(-1, T, B), choose(0, 6, B, 2)]
+            found = [rand(B, 3, 8, 8), rand(T, 3, 3, 3), rand(T, 1, 3, 3), choose(-1, T, B), choose(0, 6, B, 2)]
         case "load_batch":
             window = [rand(T, 3, 3, 3), rand(T, 1, 3, 3), choose(-1, T, B), choose(0, 6, B, 2)]
-            return [choose(0, 256, 50, 3, 8, 8).byte(), choose(0, 50, B), *window]
+            found = [choose(0, 256, 50, 3, 8, 8).byte(), choose(0, 50, B), *window]
+        case "batch_norm_relu":
+            found = [rand(B, 3, 8, 8), rand(3), rand(3), rand(3).detach(), rand(3).detach()]
         case _:
-            return [rand(1025)]
+            found = [rand(1025)]
+    return found
 
 
 def step(operator: str, tensors: list[Tensor]) -> list[Tensor]:

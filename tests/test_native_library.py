@@ -20,7 +20,8 @@ from bdcore.errors import UsageError
 from bdcore.ops.native import load
 
 PACKAGE = Path(bdcore.__file__).parent
-ON_CUDA_PYTORCHS = ["bdcore::lowest_k"]  # its reference is a stable sort, asked for once in a training run
+# What has no kernel there: BatchNorm and ReLU are cuDNN's, and lowest_k is a stable sort, asked for once in a training.
+ON_CUDA_PYTORCHS = ["bdcore::batch_norm_relu", "bdcore::batch_norm_relu_backward", "bdcore::lowest_k"]
 WITHOUT_REASON_TO_FAIL = ("no CUDA toolkit was found", "no C++ compiler was found", "BDCORE_BUILD=", "never installed")
 
 

@@ -328,6 +328,35 @@ def test_every_cell_is_a_valid_run(tables: ModuleType, running: ModuleType, name
     assert not any(job.cell.case == "no_attack" and job.cell.column in told for job in jobs)
 
 
+def test_settings_of_a_budget_for_a_plugin_reach_its_defenses_alone(tables: ModuleType, tmp_path: Path):
+    (tmp_path / "tables.toml").write_text(
+        """
+budgets.small = { says = "short", settings = { train.epochs = 1 }, plugins.p = { x = 1, y.z = 2 } }
+budgets.full = { says = "long", settings = { train.epochs = 9 } }
+attacks = {}
+[tables.t]
+title = "T"
+says = "S."
+attacks = []
+defenses = [
+    { name = "as_given", title = "A", plugin = "p", settings = { p.w = 0 } },
+    { name = "own", title = "B", plugin = "p", small.p.x = 5 },
+    { name = "other", title = "C", plugin = "q" },
+]
+"""
+    )
+    found = {
+        (budget, cell.column): dict(cell.settings)
+        for budget in ("small", "full")
+        for cell in tables.load("t", budget, file=tmp_path / "tables.toml").cells([0], "cifar10")
+    }
+    assert found["small", "as_given"] == {"train.epochs": 1, "p.w": 0, "p.x": 1, "p.y.z": 2}
+    assert found["small", "own"] == {"train.epochs": 1, "p.x": 5, "p.y.z": 2}
+    assert found["small", "other"] == found["small", "none"] == {"train.epochs": 1}
+    assert found["full", "as_given"] == {"train.epochs": 9, "p.w": 0}
+    assert found["full", "own"] == {"train.epochs": 9}
+
+
 def test_every_published_figure_belongs_to_a_row(tables: ModuleType):
     for name in tables.table_names():
         table = tables.load(name, "full", everything=True)

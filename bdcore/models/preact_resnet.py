@@ -6,8 +6,9 @@ a 3x3 stem without pooling, so 32x32 images reach the last group at 4x4. Any ima
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from bdcore.ops import BatchNormReLU
 
 
 class PreActBlock(nn.Module):
@@ -15,9 +16,9 @@ class PreActBlock(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
         super().__init__()
-        self.bn1 = nn.BatchNorm2d(channels_in)
+        self.bn1 = BatchNormReLU(channels_in)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels_out)
+        self.bn2 = BatchNormReLU(channels_out)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
         self.shortcut = (
             nn.Conv2d(channels_in, channels_out, 1, stride, bias=False)
@@ -27,10 +28,11 @@ class PreActBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, channels_in, H, W] to [B, channels_out, H / stride, W / stride]."""
-        active = F.relu(self.bn1(x), inplace=True)
+        active = self.bn1(x)
         kept = x if self.shortcut is None else self.shortcut(active)
-        residual = self.conv2(F.relu(self.bn2(self.conv1(active)), inplace=True))
-        return residual + kept
+        residual = self.conv2(self.bn2(self.conv1(active)))
+        residual += kept  # in place: nothing else reads what a convolution returned
+        return residual
 
 
 class PreActResNet(nn.Module):
@@ -55,7 +57,7 @@ class PreActResNet(nn.Module):
                 groups.append(PreActBlock(before, width, stride=2 if halves else 1))
                 before = width
         self.blocks = nn.Sequential(*groups)
-        self.bn = nn.BatchNorm2d(before)
+        self.bn = BatchNormReLU(before)
         self.head = nn.Linear(before, classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -64,7 +66,7 @@ class PreActResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map normalised images [B, C, H, W] to logits [B, classes]."""
-        active = F.relu(self.bn(self.blocks(self.stem(x))), inplace=True)
+        active = self.bn(self.blocks(self.stem(x)))
         # A mean is much faster than AdaptiveAvgPool2d for channels-last bf16 on CPUs, and the same value.
         return self.head(active.mean((2, 3)))
 

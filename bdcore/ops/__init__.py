@@ -4,6 +4,7 @@ Each operator has a file here. Where no compiled kernel is loaded its pure-PyTor
 meaning; `registration` says how one or the other is chosen.
 """
 
+from bdcore.ops.batch_norm_relu import BatchNormReLU, batch_norm_relu
 from bdcore.ops.blend_trigger import blend_trigger
 from bdcore.ops.info_nce import info_nce
 from bdcore.ops.isolation_loss import isolation_loss
@@ -21,7 +22,9 @@ OPERATORS: tuple[str, ...] = tuple(f"bdcore::{name}" for name in registered)
 
 __all__ = [
     "OPERATORS",
+    "BatchNormReLU",
     "LowestK",
+    "batch_norm_relu",
     "blend_trigger",
     "info_nce",
     "isolation_loss",

@@ -180,6 +180,7 @@ def load(
     _known("table", [name], every["tables"])
     _known("budget", [budget], every["budgets"])
     table, limits = every["tables"][name], every["budgets"][budget]
+    shortened = limits.get("plugins", {})
 
     def settings(part: Mapping[str, Any]) -> dict[str, object]:
         return {**_flat(part.get("settings", {})), **_flat(part.get(budget, {}))}
@@ -198,7 +199,7 @@ def load(
             one["name"],
             one["title"],
             one["plugin"],
-            settings(one),
+            {**_flat(shortened.get(one["plugin"], {}), f"{one['plugin']}."), **settings(one)},
             one.get("needs_target", False),
             budget in one.get("optional", ()),
         )

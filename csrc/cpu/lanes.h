@@ -67,6 +67,18 @@ template <class T>
 BDCORE_INLINE void store_vec(T* to, const Vec<T>& value) {
   __builtin_memcpy(to, &value, sizeof(value));
 }
+// Rounds as store() in simd.h does.
+BDCORE_INLINE void store_vec(bf16* to, const Vec<float>& value) {
+  typedef u16 Half __attribute__((vector_size(BDCORE_LANES_BYTES / 2)));
+  const Vec<u32> bits = (Vec<u32>)value, high = bits >> 16;
+  const Vec<u32> rounded = (bits + (high & 1u) + 0x7fffu) >> 16;
+  const Half half = __builtin_convertvector(value == value ? rounded : high | 0x40u, Half);
+  __builtin_memcpy(to, &half, sizeof(half));
+}
+BDCORE_INLINE void store_vec(f16* to, const Vec<float>& value) {
+#pragma omp simd
+  for (i64 i = 0; i < kLanes<float>; ++i) to[i] = store<f16>(value[i]);
+}
 
 // Zero in the lanes before `first`.
 BDCORE_INLINE Vec<float> without_first(const Vec<float>& value, i64 first) {

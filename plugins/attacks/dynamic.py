@@ -32,6 +32,7 @@ from bdcore import (
     AttackConfig,
     AttackInput,
     Batch,
+    BatchNormReLU,
     Context,
     DataError,
     Recipe,
@@ -40,6 +41,8 @@ from bdcore import (
     forward_batches,
     hookimpl,
 )
+
+_MOMENTUM = 0.05  # of the networks' batch normalisation
 
 
 class Dynamic(Attack):
@@ -222,21 +225,15 @@ class _Drawer(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             for width in widths:
-                layers += [
-                    *_convolution(last, width),
-                    nn.ReLU(),
-                    *_convolution(width, width),
-                    nn.ReLU(),
-                    nn.MaxPool2d(2),
-                ]
+                layers += [*_convolution(last, width), *_convolution(width, width), nn.MaxPool2d(2)]
                 sizes.append((sizes[-1][0] // 2, sizes[-1][1] // 2))
                 last = width
-            layers += [*_convolution(last, last), nn.ReLU()]
+            layers += _convolution(last, last)
             for width, size in zip([*widths[-2::-1], channels], sizes[-2::-1], strict=True):
-                layers += [nn.Upsample(size, mode="bilinear"), *_convolution(last, last), nn.ReLU()]
-                layers += [*_convolution(last, width), nn.ReLU()]
+                layers += [nn.Upsample(size, mode="bilinear"), *_convolution(last, last), *_convolution(last, width)]
                 last = width
-        self.layers = nn.Sequential(*layers[:-1]).to(memory_format=torch.channels_last)
+            layers[-1] = nn.BatchNorm2d(channels, momentum=_MOMENTUM)  # what is drawn may be below 0
+        self.layers = nn.Sequential(*layers).to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
         """Draw, float [B, channels, H, W], for images in [0, 1], float [B, C, H, W]."""
@@ -245,7 +242,7 @@ class _Drawer(nn.Module):
 
 
 def _convolution(inputs: int, outputs: int) -> tuple[nn.Module, nn.Module]:
-    return nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs, momentum=0.05)
+    return nn.Conv2d(inputs, outputs, 3, padding=1), BatchNormReLU(outputs, momentum=_MOMENTUM)
 
 
 @hookimpl

@@ -6,6 +6,7 @@ Networks", RAID 2018, Sect. 3, use it as such). Needs the model and a clean set;
 """
 
 import copy
+from typing import Literal
 
 import torch.nn.functional as F
 from pydantic import Field
@@ -23,7 +24,8 @@ class FineTune(Defense):
         """Options of fine-tuning."""
 
         epochs: int = Field(20, ge=1, le=10_000, description="passes over the clean set")
-        lr: float = Field(0.01, gt=0, le=10, description="learning rate of SGD (momentum 0.9), constant")
+        lr: float = Field(0.01, gt=0, le=10, description="learning rate of SGD (momentum 0.9)")
+        schedule: Literal["constant", "cosine"] = Field("constant", description="of that rate: or falling to 0")
         batch_size: int = Field(128, ge=2, description="largest batch")
         weight_decay: float = Field(5e-4, ge=0, le=1, description="L2 penalty")
         min_steps: int = Field(10, ge=1, description="updates an epoch has at least; a small clean set is repeated")
@@ -41,7 +43,7 @@ class FineTune(Defense):
         def loss(batch: Batch) -> Tensor:
             return F.cross_entropy(model(batch["images"]).float(), batch["labels"])
 
-        recipe = Recipe(schedule="constant", **self.config.model_dump())
+        recipe = Recipe(**self.config.model_dump())
         columns = {"images": given.clean.images, "labels": given.clean.labels}
         fit("finetune", model, columns, loss, recipe, context, capturable=True)
         return Outcome(model=model.eval())
