@@ -1,4 +1,4 @@
-"""batch_norm_relu beside PyTorch's batch normalisation and ReLU in place, at the sizes of WRN-16-1 in batches of 128."""
+"""batch_norm_relu beside PyTorch's batch normalisation and ReLU, at the sizes of WRN-16-1 in batches of 128."""
 
 from functools import partial
 
