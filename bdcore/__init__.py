@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from bdcore.ops import (
         BatchNormReLU,
         LowestK,
-        batch_norm_relu,
         blend_trigger,
         info_nce,
         isolation_loss,
@@ -77,7 +76,6 @@ _HOME = {
     "split_head": "models",
     "BatchNormReLU": "ops",
     "LowestK": "ops",
-    "batch_norm_relu": "ops",
     "blend_trigger": "ops",
     "info_nce": "ops",
     "isolation_loss": "ops",
@@ -124,7 +122,6 @@ __all__ = [
     "Triggered",
     "UsageError",
     "Verdict",
-    "batch_norm_relu",
     "blend_trigger",
     "build",
     "fit",
