@@ -239,13 +239,42 @@ def test_compiles_without_a_graph_break_for_any_size(device: str, training: bool
             torch.testing.assert_close(one, other)
 
 
-def test_second_derivatives_are_refused(device: str):
-    if device == "cuda":
-        pytest.skip("PyTorch's own there, which has some")
-    inputs = draw((2, 3, 2, 2), torch.float64, device)
-    (slope,) = torch.autograd.grad(batch_norm_relu(*inputs).sum(), inputs[0], create_graph=True)
-    with pytest.raises(NotImplementedError, match="batch_norm_relu has no second derivatives"):
-        slope.sum().backward()
+@pytest.mark.parametrize("training", [True, False])
+def test_second_derivatives_are_those_of_the_definition(device: str, training: bool):
+    x, mean, variance, weight, bias = draw((2, 18, 2, 3), torch.float64, device)
+
+    def penalties(function) -> list[Tensor]:
+        y = function(x, mean.clone(), variance.clone(), weight, bias, training)
+        slopes = torch.autograd.grad(y.square().sum(), [x, weight, bias], create_graph=True)
+        return list(torch.autograd.grad(sum(slope.square().sum() for slope in slopes), [x, weight, bias]))
+
+    for one, other in zip(penalties(batch_norm_relu), penalties(by_hand), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-8)
+    (slope,) = torch.autograd.grad(
+        batch_norm_relu(x, mean, variance, weight.detach(), bias.detach()).sum(), x, create_graph=True
+    )
+    assert slope.shape == x.shape
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # which jvp itself uses
+def test_transforms_of_torch_func_pass_through(device: str):
+    x, mean, variance, weight, bias = (one.detach() for one in draw((6, 5, 3, 3), torch.float64, device))
+
+    def of_one(image: Tensor) -> Tensor:
+        return batch_norm_relu(image[None], mean, variance, weight, bias)[0]
+
+    torch.testing.assert_close(torch.func.vmap(of_one)(x), batch_norm_relu(x, mean, variance, weight, bias))
+    _, found = torch.func.jvp(of_one, (x[0],), (torch.ones_like(x[0]),))
+    active = by_hand(x[:1], mean, variance, weight, bias, False)[0] > 0
+    torch.testing.assert_close(found, active * (weight / (variance + 1e-5).sqrt())[:, None, None])
+
+
+def test_exported_it_is_pytorchs_own():
+    layer = BatchNormReLU(18).eval()
+    x = torch.randn(2, 18, 4, 4)
+    program = torch.export.export(layer, (x,))
+    assert "bdcore" not in program.graph_module.code
+    torch.testing.assert_close(program.module()(x), layer(x))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # opcheck itself reads it

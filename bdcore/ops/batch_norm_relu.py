@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bdcore.ops.formats import FLOATS, accumulator
-from bdcore.ops.registration import operators, register
+from bdcore.ops.registration import operators, register, transforms_active
 
 _aten = torch.ops.aten
 
@@ -31,8 +31,10 @@ def batch_norm_relu(
 ) -> Tensor:
     """`relu(batch_norm(...))` with the arguments of `torch.nn.functional.batch_norm`.
 
-    Statistics, and all arithmetic, are in float32, or float64 where x is. Differentiable once with respect to x, weight
-    and bias. On a GPU it is PyTorch's batch normalisation, then its ReLU.
+    Statistics, and all arithmetic, are in float32, or float64 where x is. Differentiable with respect to x, weight and
+    bias, any number of times. On a GPU, and where more is wanted than numbers (by torch.compile and torch.export, which
+    fuse or save PyTorch's own functions, and by the transforms of torch.func), it is PyTorch's batch normalisation and
+    ReLU.
 
     Args:
         x: float [B, C, H, W] (float16, bfloat16, float32 or float64); fastest in channels-last memory.
@@ -64,7 +66,7 @@ def batch_norm_relu(
     count = x.shape[0] * x.shape[2] * x.shape[3]
     if training and count < 2:
         raise ValueError(f"training needs more than one value a channel, got x of shape {list(x.shape)}")
-    if x.is_cuda:
+    if x.is_cuda or torch.compiler.is_compiling() or transforms_active():
         return F.relu(F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps), inplace=True)
     dtype = accumulator(x.dtype)
     y, statistics = operators(x).batch_norm_relu(
@@ -130,10 +132,11 @@ def _backward(
     active = F.batch_norm(dense, mean, variance, weight, bias, False, 0.0, eps)
     passed = torch.where(active <= 0, 0, grad).contiguous(memory_format=torch.channels_last)
     inverse = (variance + eps).rsqrt()
-    found, *others = _aten.native_batch_norm_backward(
-        passed, dense, weight, mean, variance, mean, inverse, training, eps, [True, affine, affine]
+    mask = [True, affine, affine]
+    grad_x, grad_weight, grad_bias = _aten.native_batch_norm_backward(
+        passed, dense, weight, mean, variance, mean, inverse, training, eps, mask
     )
-    return found, *(other if affine else weight.new_empty(0) for other in others)
+    return (grad_x, grad_weight, grad_bias) if affine else (grad_x, weight.new_empty(0), bias.new_empty(0))
 
 
 def _backward_fake(
@@ -153,9 +156,21 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _gradients(ops: Any, ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 7
+    if torch.is_grad_enabled():
+        return _differentiable_gradients(ctx, grad)
     affine = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
     found, weight, bias = ops.batch_norm_relu_backward(grad, *ctx.saved_tensors, ctx.training, affine, ctx.eps)
     return (found, *((weight, bias) if affine else (None, None)), None, None, None, None)
+
+
+def _differentiable_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """With `create_graph` the gradients are to be differentiated in turn: those of PyTorch's functions can be."""
+    x, weight, bias, statistics = ctx.saved_tensors
+    mean, variance = (None, None) if ctx.training else statistics
+    y = F.relu(F.batch_norm(x, mean, variance, weight, bias, ctx.training, 0.0, ctx.eps))
+    wanted = [one for one, needed in zip((x, weight, bias), ctx.needs_input_grad, strict=False) if needed]
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    return (*(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None, None, None, None)
 
 
 # Besides y the statistics that it was computed with are returned, [2, C] of means and biased variances.

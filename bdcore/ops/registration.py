@@ -21,8 +21,9 @@ _CHOICES = ("native", "reference")
 registered: list[str] = []
 """Names of all operators, without a namespace, in the order of registration."""
 _direct = {NATIVE: SimpleNamespace(), REFERENCE: SimpleNamespace()}
-# Not public, but what torch.library itself is written with.
-_transforms_active = torch._C._are_functorch_transforms_active  # pyright: ignore[reportPrivateUsage]
+# Neither is public, but torch.library itself is written with them.
+transforms_active = torch._C._are_functorch_transforms_active  # pyright: ignore[reportPrivateUsage]
+"""Whether this is called within a transform of torch.func, as vmap."""
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd  # pyright: ignore[reportPrivateUsage]
 
 
@@ -38,7 +39,7 @@ def operators(tensor: Tensor) -> Any:
     choice = os.environ.get("BDCORE_OPS")
     chosen = implementation(tensor.device.type) if choice else "native"
     namespace = NATIVE if chosen == "native" else REFERENCE
-    if torch.compiler.is_compiling() or _transforms_active():
+    if torch.compiler.is_compiling() or transforms_active():
         return getattr(torch.ops, namespace)
     return _direct[namespace]
 
