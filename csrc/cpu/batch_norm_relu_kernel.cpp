@@ -48,7 +48,9 @@ BDCORE_INLINE void for_tiles(i64 channels, const Tile& tile) {
     return;
   }
   i64 c = 0;
-  const auto place = [&](i64 pack) { return c + pack * lanes + lanes <= channels ? c + pack * lanes : channels - lanes; };
+  const auto place = [&](i64 pack) {
+    return c + (pack + 1) * lanes <= channels ? c + pack * lanes : channels - lanes;
+  };
   for (; c + 3 * lanes < channels; c += 4 * lanes) {
     const i64 at[4] = {c, place(1), place(2), place(3)};
     tile.template run<Vec<A>, 4>(at);
@@ -63,8 +65,8 @@ BDCORE_INLINE void for_tiles(i64 channels, const Tile& tile) {
   }
 }
 
-// Sums over rows of what `terms(row, n, values)` gives for the n-th of N packs: M values each. At least four rows or packs
-// run side by side whatever N is, because each sum waits for its last addition.
+// Sums over rows of what `terms(row, n, values)` gives for the n-th of N packs: M values each. Four rows or packs run
+// side by side whatever N is, because each sum waits for its last addition.
 template <class Pack, int N, int M, class Terms>
 BDCORE_INLINE void sum_rows(i64 rows, Pack (&sums)[M][N], const Terms& terms) {
   constexpr int kAtOnce = 4 / N;
@@ -94,9 +96,9 @@ BDCORE_INLINE i64 rows_of(const BatchNormRelu& work, i64 chunk) {
   return left < work.chunk ? left : work.chunk;
 }
 
-// Mean and sum of squared deviations from it. In two passes, the second out of the cache: differences of sums of squares
-// would lose all digits where the mean is much larger than the deviations. What the first one's rounding left of the
-// mean, the second one finds.
+// Mean and sum of squared deviations from it. In two passes, the second out of the cache: differences of sums of
+// squares would lose all digits where the mean is much larger than the deviations. What the first one's rounding left
+// of the mean, the second one finds.
 template <class T>
 struct Statistics {
   using A = Accumulator<T>;
