@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "../common/images.h"
 #include "tensors.h"
 
 namespace bdcore {
@@ -11,13 +12,7 @@ namespace {
 // Numbers in a chunk of rows: few enough that the second pass over them finds them in the cache.
 constexpr int64_t kChunk = 16 * 1024;
 
-// The same, in memory pixel after pixel.
-Tensor as_channels_last(const Tensor& tensor) {
-  const int64_t channels = tensor.size(1), width = tensor.size(3), height = tensor.size(2);
-  const bool dense = tensor.stride(1) == 1 && tensor.stride(3) == channels && tensor.stride(2) == width * channels &&
-                     tensor.stride(0) == height * width * channels;
-  return dense ? tensor : torch::stable::contiguous(tensor, torch::headeronly::MemoryFormat::ChannelsLast);
-}
+Tensor as_channels_last(const Tensor& tensor) { return laid_out(tensor, Layout::interleaved); }
 
 Tensor like(const Tensor& tensor) {
   return torch::stable::empty({tensor.size(0), tensor.size(1), tensor.size(2), tensor.size(3)}, tensor.scalar_type(),

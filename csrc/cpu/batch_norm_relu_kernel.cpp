@@ -147,6 +147,18 @@ BDCORE_INLINE void load_channels(const void* values, const i64* at, Pack (&to)[N
   for (int n = 0; n < N; ++n) to[n] = load_pack<Pack>(static_cast<const A*>(values) + at[n]);
 }
 
+// The normalisation of a tile, up to the ReLU.
+template <class Pack, int N, class A>
+struct Normalisation {
+  Pack mean[N], scale[N], bias[N];
+  __attribute__((always_inline)) Normalisation(const BatchNormRelu& work, const i64* at) {
+    load_channels<Pack, N, A>(work.mean, at, mean);
+    load_channels<Pack, N, A>(work.scale, at, scale);
+    load_channels<Pack, N, A>(work.bias, at, bias);
+  }
+  __attribute__((always_inline)) Pack of(const Pack& deviation, int n) const { return deviation * scale[n] + bias[n]; }
+};
+
 template <class T>
 struct Forward {
   using A = Accumulator<T>;
@@ -154,16 +166,13 @@ struct Forward {
   i64 first, rows;
   template <class Pack, int N>
   __attribute__((always_inline)) void run(const i64* at) const {
-    Pack mean[N], scale[N], bias[N];
-    load_channels<Pack, N, A>(work.mean, at, mean);
-    load_channels<Pack, N, A>(work.scale, at, scale);
-    load_channels<Pack, N, A>(work.bias, at, bias);
+    const Normalisation<Pack, N, A> normal(work, at);
     const T* x = static_cast<const T*>(work.x);
     T* y = static_cast<T*>(work.y);
     for (i64 row = first; row < first + rows; ++row) {
       for (int n = 0; n < N; ++n) {
         const i64 place = row * work.channels + at[n];
-        store_pack(y + place, relu<Pack>((load_pack<Pack>(x + place) - mean[n]) * scale[n] + bias[n]));
+        store_pack(y + place, relu<Pack>(normal.of(load_pack<Pack>(x + place) - normal.mean[n], n)));
       }
     }
   }
@@ -177,16 +186,14 @@ struct GradientSums {
   A* partial;
   template <class Pack, int N>
   __attribute__((always_inline)) void run(const i64* at) const {
-    Pack mean[N], scale[N], bias[N], sums[2][N];
-    load_channels<Pack, N, A>(work.mean, at, mean);
-    load_channels<Pack, N, A>(work.scale, at, scale);
-    load_channels<Pack, N, A>(work.bias, at, bias);
+    const Normalisation<Pack, N, A> normal(work, at);
+    Pack sums[2][N];
     const T* x = static_cast<const T*>(work.x) + first * work.channels;
     const T* grad = static_cast<const T*>(work.grad) + first * work.channels;
     sum_rows(rows, sums, [&](i64 row, int n, Pack (&values)[2]) __attribute__((always_inline)) {
       const i64 place = row * work.channels + at[n];
-      const Pack deviation = load_pack<Pack>(x + place) - mean[n];
-      values[0] = passed<Pack>(load_pack<Pack>(grad + place), deviation * scale[n] + bias[n]);
+      const Pack deviation = load_pack<Pack>(x + place) - normal.mean[n];
+      values[0] = passed<Pack>(load_pack<Pack>(grad + place), normal.of(deviation, n));
       values[1] = values[0] * deviation;
     });
     for (int n = 0; n < N; ++n) {
@@ -203,10 +210,8 @@ struct Backward {
   i64 first, rows;
   template <class Pack, int N>
   __attribute__((always_inline)) void run(const i64* at) const {
-    Pack mean[N], scale[N], bias[N], constant[N], slope[N];
-    load_channels<Pack, N, A>(work.mean, at, mean);
-    load_channels<Pack, N, A>(work.scale, at, scale);
-    load_channels<Pack, N, A>(work.bias, at, bias);
+    const Normalisation<Pack, N, A> normal(work, at);
+    Pack constant[N], slope[N];
     if (!Constants) {
       load_channels<Pack, N, A>(work.constant, at, constant);
       load_channels<Pack, N, A>(work.slope, at, slope);
@@ -217,8 +222,8 @@ struct Backward {
     for (i64 row = first; row < first + rows; ++row) {
       for (int n = 0; n < N; ++n) {
         const i64 place = row * work.channels + at[n];
-        const Pack deviation = load_pack<Pack>(x + place) - mean[n];
-        Pack found = passed<Pack>(load_pack<Pack>(grad + place), deviation * scale[n] + bias[n]) * scale[n];
+        const Pack deviation = load_pack<Pack>(x + place) - normal.mean[n];
+        Pack found = passed<Pack>(load_pack<Pack>(grad + place), normal.of(deviation, n)) * normal.scale[n];
         if (!Constants) found -= constant[n] + deviation * slope[n];
         store_pack(grad_x + place, found);
       }
