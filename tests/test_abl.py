@@ -1,6 +1,7 @@
 """ABL: what each phase does to a classifier, against float64, and the whole on backdoored digits."""
 
 import copy
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -253,6 +254,21 @@ class TestSettings:
         assert (benchmark.loss, benchmark.per, benchmark.lr, benchmark.batch_size) == ("flood", "batch", 0.01, 256)
         assert (benchmark.isolation_epochs, benchmark.finetuning_epochs, benchmark.unlearning_epochs) == (20, 60, 20)
 
+    @pytest.mark.parametrize(
+        ("options", "steps"),
+        [
+            ({}, 8),
+            ({"variant": "official"}, 8),
+            ({"variant": "backdoorbench"}, 2),
+            ({"batch_size": 128}, 4),
+            ({"batch_size": 500}, 1),
+            ({"batch_size": 2000}, 1),
+            ({"batch_size": 128, "min_steps": 3}, 3),
+        ],
+    )
+    def test_a_pass_of_unlearning_is_as_long_as_one_over_500(self, options: dict[str, Any], steps: int):
+        assert ABL.Config(**options).settings().min_steps == steps
+
     @pytest.mark.parametrize(("epochs", "falls"), [(60, 40), (15, 10), (2, 2), (1, 1)])
     def test_the_rate_falls_for_the_last_third(self, epochs: int, falls: int):
         config = ABL.Config(finetuning_epochs=epochs)
@@ -304,6 +320,27 @@ class TestSettings:
         with pytest.raises(DefenseError, match=rf"isolation_rate={rate:g} of {count} training samples isolates [01];"):
             run(noise(count), context, isolation_rate=rate)
         assert not context.phases
+
+    def test_the_rate_that_is_advised_is_accepted(self, monkeypatch: pytest.MonkeyPatch):
+        class Accepted(Exception):
+            pass
+
+        def build(*given: Any) -> nn.Module:
+            raise Accepted
+
+        monkeypatch.setattr(abl, "build", build)
+        for samples in [*range(1, 301), 333, 700, 999, 1200, 1999, 2500]:
+            data = noise(1).select(torch.zeros(samples, dtype=torch.int64))
+            with pytest.raises(DefenseError) as refused:
+                run(data, isolation_rate=1e-4)
+            if samples < 4:  # half of three are fewer than two, and no rate is above a half
+                assert str(refused.value).endswith("use four training samples or more.")
+                continue
+            advised = re.fullmatch(r".* set it to (\S+) or more\.", str(refused.value))
+            assert advised is not None
+            assert float(advised[1]) <= 1.1 * 2 / samples, "no more than it takes"
+            with pytest.raises(Accepted):
+                run(data, isolation_rate=float(advised[1]))
 
 
 class TestWhole:

@@ -19,7 +19,10 @@ DEFENSES: dict[str, dict[str, Any]] = {
     "abl": {"isolation_epochs": 2, "finetuning_epochs": 2, "unlearning_epochs": 1, "isolation_rate": 0.02},
 }
 """Short forms. The target is told: a search for it takes a run for each class, and this short finds none."""
-SEARCHING: dict[str, dict[str, Any]] = {"mcldef": {"inversion_epochs": 1}}
+SEARCHING: dict[str, dict[str, Any]] = {
+    "mcldef": {"inversion_epochs": 1},
+    "mesa": {"steps": 4, "search_steps": 4, "epochs": 2, "min_steps": 2, "hidden": 16, "batch_size": 16},
+}
 """For the check `inspect`."""
 
 THREAT_MODEL = {"inputs_unchanged", "undeclared_inputs", "no_files"}

@@ -122,12 +122,14 @@ class TestSearch:
         assert torch.isfinite(stack.size).all()
 
     def test_too_few_classes_to_tell(self):
-        warned: list[str] = []
-        verdict, _, context = self.search("pixel", 1, classes=4, warn=warned.append)
-        assert verdict == Verdict(False)
-        assert not context.phases, "nothing is inverted for no use"
-        assert len(warned) == 1
-        assert "4 classes are too few" in warned[0]
+        """Were it a verdict, it would be scored as one, and count as right on every clean model."""
+        told: list[Progress] = []
+        with pytest.raises(DefenseError, match=r"4 classes are too few .* needs 5: .* mcldef\.target=CLASS"):
+            self.search("pixel", 1, classes=4, report=told.append)
+        assert not told, "nothing is inverted for no use"
+        given = DefenseInput(4, model=bands(4, 1), clean=band_images(40, 4))
+        outcome = MCLDef(MCLDef.Config(target=1, inversion_epochs=20, epochs=1))(given, Context())
+        assert outcome.model is not None, "with a target there is nothing to search"
 
     def test_defends_without_being_told_the_target(self):
         model, data = bands(CLASSES, 4), band_images(100, CLASSES)
@@ -393,6 +395,10 @@ class TestWhole:
         with pytest.raises(DefenseError, match="nothing to purify") as raised:
             defense(DefenseInput(CLASSES, model=model, clean=band_images(30, CLASSES)), Context(report=told.append))
         assert f"class {target}" in str(raised.value)
+        assert ("mcldef.inversion_epochs" in str(raised.value)) == (target == 1), (
+            "more of them help where none was found"
+        )
+        assert target == 3 or len(told) == 100, "patience does not end it before the first success"
         assert "the model is left as it was" in str(raised.value)
         assert {progress.phase for progress in told} == {"invert"}, "no step of purification was made"
 

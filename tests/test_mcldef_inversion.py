@@ -341,18 +341,47 @@ class TestInvert:
         assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
     @BOTH
-    def test_patience_ends_it(self, form: str):
+    def test_without_success_all_epochs_are_run(self, form: str):
         told: list[Progress] = []
         context = Context(report=told.append)
         stack = run(start(form, [0, 2]), constant_model(1), noise(10), epochs=30, patience=4, context=context)
-        assert len(told) == 4
+        assert len(told) == 30
         assert stack.best(0) is None
         assert not torch.isfinite(stack.size).any()
 
-    def test_patience_waits_for_every_class(self):
+    @BOTH
+    @pytest.mark.parametrize(
+        ("columns", "expected"),
+        [
+            ({0: "-------3"}, 7 + 1 + 4),  # it waits for the first success, then for smaller ones
+            ({0: "5--3"}, 3 + 1 + 4),
+            ({0: "53", 1: "----54321"}, 8 + 1 + 4),  # for the class that is last
+            ({0: "3", 1: "-"}, 30),  # and one that has not succeeded may do so to the end
+        ],
+    )
+    def test_patience_ends_it_after_a_success(
+        self, form: str, columns: dict[int, str], expected: int, monkeypatch: pytest.MonkeyPatch
+    ):
+        """Each class's epochs are told: with a successful trigger of so many pixels, or without; then as the last."""
         told: list[Progress] = []
-        run(start("mask", [0, 1]), constant_model(1), noise(10), 30, patience=4, context=Context(report=told.append))
-        assert len(told) == 30, "the mask of class 1 shrinks in every epoch"
+        stack = start(form, list(columns))
+        ended = stack.end_epoch
+
+        def end_epoch() -> None:
+            for place, epochs in columns.items():
+                now = epochs[min(len(told), len(epochs) - 1)]
+                stack.hits[place] = 0 if now == "-" else stack.seen[place]
+                with torch.no_grad():
+                    for parameter in stack.parameters():
+                        parameter[place] = 0
+                        parameter[place, 0].view(-1)[: 0 if now == "-" else int(now)] = 1
+                    if form == "pixel":
+                        stack.down[place] = 0
+            ended()
+
+        monkeypatch.setattr(stack, "end_epoch", end_epoch)
+        run(stack, linear_model(), noise(10), 30, patience=4, context=Context(report=told.append))
+        assert len(told) == expected
 
     def test_an_epoch_has_at_least_five_steps(self):
         context = Context()

@@ -34,6 +34,7 @@ from bdcore.stages.evaluate import evaluate
 from bdcore.stages.poison import poison
 from bdcore.stages.train import train
 from bdcore_plugins.datasets.digits import Digits
+from bdcore_plugins.defenses import mesa
 from bdcore_plugins.defenses.finetune import FineTune
 from bdcore_plugins.defenses.mesa import MESA, target_search
 from bdcore_plugins.defenses.mesa.mixture import TriggerSource
@@ -251,6 +252,25 @@ class TestSearch:
         assert {progress.phase for progress in told} == {"staircase", "remove"}
         assert "search_images" not in outcome.notes
 
+    @pytest.mark.parametrize(("backdoor", "phases"), [(4, {"search-0", "staircase"}), (None, {"search-0"})])
+    def test_inspecting_stops_before_the_removal(
+        self, backdoor: int | None, phases: set[str], monkeypatch: pytest.MonkeyPatch
+    ):
+        """And finds what a defense finds."""
+        whole, model = defend(backdoor)
+        data, context = band_images(96), Context(seed=1)
+        before = state(model, data)
+        monkeypatch.setattr(mesa, "remove", None)  # calling it would fail
+        inspected = MESA(MESA.Config(**QUICK)).inspect(DefenseInput(CLASSES, model=model, clean=data), context)
+        assert context.phases == phases
+        assert inspected.model is None
+        assert inspected.verdict == whole.verdict
+        assert len(inspected.triggers) == len(whole.triggers) == (backdoor is not None)
+        for ours, theirs in zip(inspected.triggers, whole.triggers, strict=True):
+            assert ours.target == theirs.target
+            assert torch.equal(ours.patches, theirs.patches)
+        assert state(model, data) == before, "inputs are read-only"
+
     def test_a_wrong_target_is_told(self):
         warned: list[str] = []
         outcome, _ = defend(4, Context(warn=warned.append), target=1, steps=40, epochs=1)
@@ -317,16 +337,13 @@ class TestRefusals:
         with pytest.raises(DefenseError, match="all clean images are of one class"):
             MESA(MESA.Config())(DefenseInput(CLASSES, model=planted(1), clean=data), Context())
 
-    def test_too_few_classes_to_tell(self):
-        warned: list[str] = []
-        context = Context(warn=warned.append)
-        outcome = MESA(MESA.Config())(DefenseInput(4, model=planted(1), clean=band_images(24)), context)
-        assert outcome.verdict is not None
-        assert not outcome.verdict.backdoored
-        assert outcome.model is None
+    @pytest.mark.parametrize("asked", ["__call__", "inspect"])
+    def test_too_few_classes_to_tell(self, asked: str):
+        """Were it a verdict, it would be scored as one, and count as right on every clean model."""
+        context = Context()
+        with pytest.raises(DefenseError, match=r"4 classes are too few .* needs 5: .* mesa\.target=CLASS"):
+            getattr(MESA(MESA.Config()), asked)(DefenseInput(4, model=planted(1), clean=band_images(24)), context)
         assert not context.phases, "nothing is trained for no use"
-        assert len(warned) == 1
-        assert "4 classes are too few" in warned[0]
 
 
 def test_the_target_by_hand_is_an_oracle():
@@ -348,7 +365,7 @@ def test_without_triggers_the_removal_is_plain_fine_tuning():
     data, control = band_images(96), FineTune.Config(epochs=3, lr=1e-3, weight_decay=0, min_steps=5)
     recipe = Recipe(epochs=3, lr=1e-3, weight_decay=0, schedule="constant", min_steps=5, batch_size=128)
     model = planted(2)
-    ours = remove(model, NoTrigger(), data, 0.0, False, recipe, Context(seed=1))
+    ours = remove(model, NoTrigger(), data, 0.0, "each", recipe, Context(seed=1))
     theirs = FineTune(control)(DefenseInput(CLASSES, model=model, clean=data), Context(seed=1)).model
     assert theirs is not None
     for name, value in theirs.state_dict().items():  # one batch holds all images: their order does not matter

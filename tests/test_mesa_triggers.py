@@ -1,7 +1,7 @@
 """MESA's patches on images, the hinge on their success, the mixture, the rule that names the target, the baseline."""
 
 from collections import Counter
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -14,11 +14,11 @@ from bdcore import Context, Labelled
 from bdcore_plugins.defenses.mesa.approximator import Approximator, Form
 from bdcore_plugins.defenses.mesa.baseline import PixelPatch
 from bdcore_plugins.defenses.mesa.mixture import Mixture, TriggerSource, mixture_weights
-from bdcore_plugins.defenses.mesa.patches import draw_offsets, measure_success, put_patches
+from bdcore_plugins.defenses.mesa.patches import Places, draw_offsets, measure_success, put_patches
 from bdcore_plugins.defenses.mesa.removal import put_some
 from bdcore_plugins.defenses.mesa.target_search import judge
 
-FORM = Form(False, False, 1, False, alpha=0.1, noise=0.0, hidden=16, batch_size=16)
+FORM = Form(False, "each", 1, False, alpha=0.1, noise=0.0, hidden=16, batch_size=16)
 
 
 def generator(seed: int) -> torch.Generator:
@@ -33,7 +33,7 @@ class TestPlaces:
     def test_every_place_alike(self):
         """The chi-squared statistic of 900 cells has mean 899 and deviation 42."""
         torch.manual_seed(0)
-        offset = draw_offsets(torch.empty(1).expand(90_000, 3, 32, 32), (3, 3, 3), 1, False)
+        offset = draw_offsets(torch.empty(1).expand(90_000, 3, 32, 32), (3, 3, 3), 1, "each")
         cells = torch.bincount(offset[:, 0] * 30 + offset[:, 1], minlength=900).double()
         assert offset.min() == 0
         assert offset.max() == 29
@@ -41,24 +41,28 @@ class TestPlaces:
         statistic = float(((cells - 100) ** 2 / 100).sum())
         assert abs(statistic - 899) < 5 * 42
 
-    def test_one_place_a_batch_is_never_the_last(self):
+    @pytest.mark.parametrize(("places", "limit"), [("batch", 30), ("released", 29)])
+    def test_one_place_a_batch(self, places: Any, limit: int):
+        """Anywhere, but for the released code, which leaves out the last row and column."""
         torch.manual_seed(0)
         images = torch.empty(10, 1, 32, 32)
-        offset = draw_offsets(images, (1, 3, 3), 2000, True).view(2000, 10, 2)
+        offset = draw_offsets(images, (1, 3, 3), 2000, places).view(2000, 10, 2)
         assert (offset == offset[:, :1]).all()
-        assert sorted(offset[:, 0, 0].unique().tolist()) == list(range(29))
-        assert sorted(offset[:, 0, 1].unique().tolist()) == list(range(29))
+        assert sorted(offset[:, 0, 0].unique().tolist()) == list(range(limit))
+        assert sorted(offset[:, 0, 1].unique().tolist()) == list(range(limit))
         assert len({tuple(place) for place in offset[:, 0].tolist()}) > 500, "each sub-model has its own"
 
     def test_images_that_are_not_square(self):
         torch.manual_seed(0)
-        offset = draw_offsets(torch.empty(4000, 1, 5, 9), (1, 3, 2), 1, False)
+        offset = draw_offsets(torch.empty(4000, 1, 5, 9), (1, 3, 2), 1, "each")
         assert offset.amin(0).tolist() == [0, 0]
         assert offset.amax(0).tolist() == [2, 7]
 
     def test_a_patch_as_large_as_the_image_has_one_place(self):
-        for one_place in (False, True):
-            assert not draw_offsets(torch.empty(8, 1, 4, 4), (1, 4, 4), 2, one_place).any()
+        for places in get_args(Places):
+            offset = draw_offsets(torch.empty(8, 1, 4, 4), (1, 4, 4), 2, places)
+            assert offset.shape == (16, 2)
+            assert not offset.any()
 
 
 class TestPut:
@@ -87,12 +91,12 @@ class TestPut:
 
         torch.manual_seed(0)
         images = torch.zeros(8000, 1, 8, 8, dtype=torch.uint8)
-        put = put_some(White(), images, 0.25, False)
+        put = put_some(White(), images, 0.25, "each")
         lit = (put == 255).sum((1, 2, 3))
         assert Counter(lit.tolist()).keys() == {0, 4}
         assert float((lit > 0).double().mean()) == pytest.approx(0.25, abs=0.02)
         assert (put.double().mean(0) > 0).all(), "every pixel is reached"
-        assert torch.equal(put_some(White(), images, 0.0, True), images)
+        assert torch.equal(put_some(White(), images, 0.0, "released"), images)
 
 
 class Brightness(nn.Module):
@@ -317,6 +321,27 @@ def test_the_baseline_finds_a_patch_within_bounds():
     assert measure_success(Bright(), patch.draw(1), 2, clean, Context(), generator(1)) == 1.0 > before
     assert patch.draw(5).shape == (5, 1, 2, 2)
     assert not patch.patch.requires_grad
+
+
+def test_the_baseline_is_trained_at_one_place_a_batch_anywhere():
+    """A white patch on black images is where the classifier sees light."""
+    seen: list[Tensor] = []
+
+    class Seeing(Bright):
+        def forward(self, images: Tensor) -> Tensor:
+            seen.append(images.detach()[:, 0] > 0)
+            return super().forward(images)
+
+    torch.manual_seed(0)
+    patch = PixelPatch((1, 2, 2), generator(3))
+    with torch.no_grad():
+        patch.patch.fill_(1)
+    for _ in range(300):
+        patch.loss(Seeing(), torch.zeros(6, 1, 5, 4, dtype=torch.uint8), 2)
+    lit = torch.stack(seen)
+    assert (lit == lit[:, :1]).all(), "all images of a batch have it at one place"
+    corners = {tuple(place.nonzero()[0].tolist()) for place in lit[:, 0]}
+    assert corners == {(top, left) for top in range(4) for left in range(3)}, "the last row and column too"
 
 
 def test_the_first_update_of_the_baseline_is_plain_sgd():

@@ -27,7 +27,8 @@ def invert(
     patience: int,
     context: Context,
 ) -> None:
-    """Train the triggers of `stack` on uint8 [N, C, H, W] images; end where none got smaller for `patience` epochs."""
+    """Train the triggers of `stack` on uint8 [N, C, H, W] images; end where every class has a successful trigger and
+    none got smaller for `patience` epochs. A class that has not succeeded yet is given all epochs."""
 
     def end_epoch(epoch: int, figures: dict[str, float]) -> bool:
         stack.end_epoch()
@@ -58,7 +59,7 @@ class Inversion(nn.Module, ABC):
         self.shape = shape
         self.targets = nn.Buffer(targets.clone())
         self.size = nn.Buffer(torch.full((len(targets),), torch.inf))  # of the best trigger; inf: none succeeded yet
-        self.stale = nn.Buffer(torch.zeros(len(targets)))  # epochs since the last smaller one
+        self.stale = nn.Buffer(torch.zeros(len(targets)))  # epochs since the last smaller one; 0 until one succeeds
         self.hits = nn.Buffer(torch.zeros(len(targets)))  # images sent to their target in this epoch,
         self.seen = nn.Buffer(torch.zeros(len(targets)))  # of so many
 
@@ -94,7 +95,7 @@ class Inversion(nn.Module, ABC):
         success = self.hits / self.seen
         self.hits.zero_()
         self.seen.zero_()
-        self.stale += 1
+        self.stale += self.size.isfinite()  # what has not succeeded yet cannot get smaller
         self.keep(success)
 
     def take(self, places: Tensor) -> Self:

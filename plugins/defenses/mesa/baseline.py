@@ -26,7 +26,7 @@ class PixelPatch(TriggerSource):
     def train_on(
         self, phase: str, model: nn.Module, images: Tensor, target: int, steps: int, batch_size: int, context: Context
     ) -> None:
-        """SGD (rate 0.1, momentum 0.9) on the cross entropy to the target, with one random place a batch.
+        """SGD (rate 0.1, momentum 0.9) on the cross entropy to the target, with one random place a batch, anywhere.
 
         Args:
             phase: names the training.
@@ -48,7 +48,7 @@ class PixelPatch(TriggerSource):
     def loss(self, model: nn.Module, images: Tensor, target: int) -> Tensor:
         """Cross entropy to the target, after the clipping that follows each update."""
         self._clip()
-        offset = draw_offsets(images, self.patch.shape, 1, one_place=True)
+        offset = draw_offsets(images, self.patch.shape, 1, "batch")
         index = torch.zeros(len(images), dtype=torch.int64, device=images.device)
         logits = model(put_patches(images, self.patch, index, offset, torch.float32)).float()
         return F.cross_entropy(logits, torch.full_like(index, target))

@@ -2,11 +2,16 @@
 
 from collections.abc import Sequence
 from math import ceil
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from bdcore import Context, Labelled, Trigger, blend_trigger, forward_batches, put_trigger
+
+Places = Literal["each", "batch", "released"]
+"""Where the patches of a batch lie: each image's anywhere; all at one place, anywhere; all at one place, but never in
+the last row or column, as the released code draws it."""
 
 _TRIALS = 1000  # images that a success is measured on: a share then errs by 1.6 points at most (one deviation)
 
@@ -31,26 +36,24 @@ def put_patches(
     )
 
 
-def draw_offsets(images: Tensor, patch: Sequence[int], stack: int, one_place: bool) -> Tensor:
+def draw_offsets(images: Tensor, patch: Sequence[int], stack: int, places: Places) -> Tensor:
     """Uniform places for patches, from the default generator of the images' device.
 
     Args:
         images: [B, C, H, W]; only the shape and the device matter.
         patch: (..., h, w).
         stack: S, how many times the images are used.
-        one_place: one place for the B images together, and that never the last row or column (as the released code
-            draws it), instead of one for each image, anywhere.
+        places: by what rule; other than for "each", the B images have one place together, S times.
 
     Returns:
         (top, left), int64 [S * B, 2].
     """
     limits = [size - side + 1 for size, side in zip(images.shape[2:], patch[-2:], strict=True)]
-    count = len(images)
-    if one_place:
+    if places == "released":
         limits = [max(1, limit - 1) for limit in limits]
-    drawn = [torch.randint(limit, (stack if one_place else stack * count,), device=images.device) for limit in limits]
-    offset = torch.stack(drawn, dim=1)
-    return offset.repeat_interleave(count, dim=0) if one_place else offset
+    count = stack * len(images) if places == "each" else stack
+    offset = torch.stack([torch.randint(limit, (count,), device=images.device) for limit in limits], dim=1)
+    return offset if places == "each" else offset.repeat_interleave(len(images), dim=0)
 
 
 def measure_success(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from bdcore import Batch, Context, Labelled, Recipe, fit
 
 from .mixture import TriggerSource
-from .patches import draw_offsets, put_patches
+from .patches import Places, draw_offsets, put_patches
 
 
 def remove(
@@ -17,7 +17,7 @@ def remove(
     source: TriggerSource,
     clean: Labelled,
     trigger_rate: float,
-    one_place: bool,
+    places: Places,
     recipe: Recipe,
     context: Context,
 ) -> nn.Module:
@@ -28,7 +28,7 @@ def remove(
         source: draws the triggers; frozen, in eval mode.
         clean: the clean set.
         trigger_rate: the probability that an image carries a trigger.
-        one_place: all triggers of a batch lie at one place, and that never in the last row or column.
+        places: where the triggers of a batch lie.
         recipe: of the fine-tuning.
         context: where and how to compute.
 
@@ -39,7 +39,7 @@ def remove(
     trained = nn.ModuleDict({"student": student, "source": source})  # the source for its buffers
 
     def loss(batch: Batch) -> Tensor:
-        images = put_some(source, batch["images"], trigger_rate, one_place)
+        images = put_some(source, batch["images"], trigger_rate, places)
         return F.cross_entropy(student(images).float(), batch["labels"])
 
     def end_epoch(epoch: int, figures: dict[str, float]) -> bool:
@@ -50,9 +50,9 @@ def remove(
     return student.eval()
 
 
-def put_some(source: TriggerSource, images: Tensor, rate: float, one_place: bool) -> Tensor:
+def put_some(source: TriggerSource, images: Tensor, rate: float, places: Places) -> Tensor:
     """uint8 [B, C, H, W] images, each with a drawn trigger with probability `rate`."""
     numbers = torch.arange(len(images), device=images.device)
     index = torch.where(torch.rand(len(images), device=images.device) < rate, numbers, -1)
     patches = source.draw(len(images))
-    return put_patches(images, patches, index, draw_offsets(images, patches.shape, 1, one_place))
+    return put_patches(images, patches, index, draw_offsets(images, patches.shape, 1, places))

@@ -15,7 +15,7 @@ would make an outlier of anything.
 import torch
 from torch import Tensor
 
-from bdcore import Context, Labelled, Verdict
+from bdcore import Context, DefenseError, Labelled, Verdict
 
 from .approximator import Approximator, Form
 from .patches import measure_success
@@ -51,12 +51,17 @@ def search_target(
         context: where and how to compute.
 
     Returns:
-        The verdict; its evidence is each class's success. With fewer than five classes nothing is trained: a warning,
-        and a verdict without target or evidence.
+        The verdict; its evidence is each class's success.
+
+    Raises:
+        DefenseError: there are fewer than five classes; nothing is trained.
     """
     if classes < _FEW:
-        context.warn(f"{classes} classes are too few to tell an outlier among them: no target class can be found")
-        return Verdict(False)
+        raise DefenseError(
+            f"{classes} classes are too few to tell an outlier among them, for which the rule needs {_FEW}: whether "
+            "there is a backdoor cannot be judged. Where the target is known, mesa.target=CLASS purifies without a "
+            "search."
+        )
     found: list[float] = []
     together = max(1, _STACKED_PIXELS // (clean.images.shape[2] * clean.images.shape[3]))
     for number, group in enumerate(torch.arange(classes).split(together)):
