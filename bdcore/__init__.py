@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         model_contrastive_loss,
         put_trigger,
     )
+    from bdcore.poisoning import batch_shares, patch_side, read_picture
     from bdcore.samples import Samples, read_npz, read_samples
     from bdcore.training import Batch, Recipe, fit, forward_batches, frozen_copy
 
@@ -83,6 +84,9 @@ _HOME = {
     "lowest_k": "ops",
     "model_contrastive_loss": "ops",
     "put_trigger": "ops",
+    "batch_shares": "poisoning",
+    "patch_side": "poisoning",
+    "read_picture": "poisoning",
     "Samples": "samples",
     "read_npz": "samples",
     "read_samples": "samples",
@@ -122,6 +126,7 @@ __all__ = [
     "Triggered",
     "UsageError",
     "Verdict",
+    "batch_shares",
     "blend_trigger",
     "build",
     "fit",
@@ -133,8 +138,10 @@ __all__ = [
     "load_batch",
     "lowest_k",
     "model_contrastive_loss",
+    "patch_side",
     "put_trigger",
     "read_npz",
+    "read_picture",
     "read_samples",
     "split_head",
 ]

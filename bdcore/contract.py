@@ -91,6 +91,8 @@ class AttackInput:
         recipe: how the victim is trained.
         model: where the attack says `surrogate = True`, a classifier of that architecture, trained on `train` by that
             recipe from another seed than the victim's; in eval mode.
+        order: places of the eligible training samples, int64 [K], in the order drawn: the first `count` of them are
+            those that the host will poison. It fills this in.
     """
 
     train: Labelled
@@ -98,6 +100,7 @@ class AttackInput:
     arch: Architecture
     recipe: Recipe
     model: nn.Module | None = None
+    order: Tensor | None = None
 
 
 class Attack(Plugin, ABC):
@@ -150,10 +153,15 @@ class Attack(Plugin, ABC):
         """What training samples become, uint8 [B, C, H, W], given their true labels: by default they are stamped."""
         return self.stamp(images, context)
 
+    def counted(self, labels: Tensor, classes: int) -> Tensor:
+        """Which test samples are triggered and counted, bool [N]: by default those whose label `relabel` changes. The
+        host asks before anything is trained, and refuses to work where there is none."""
+        return self.relabel(labels, classes) != labels
+
     def triggered(self, test: Labelled, classes: int, context: Context) -> Triggered:
-        """The test samples that the attack counts, with the trigger: by default all whose label `relabel` changes."""
+        """The test samples that the attack counts, with the trigger."""
         targets = self.relabel(test.labels, classes)
-        counted = (targets != test.labels).nonzero()[:, 0]
+        counted = self.counted(test.labels, classes).nonzero()[:, 0]
         images = self.stamp(test.images[counted], context)
         return Triggered(images, test.labels[counted], targets[counted], counted)
 

@@ -34,11 +34,11 @@ from bdcore.models import metered
 from bdcore.observing import observe
 from bdcore.ops.registration import implementation
 from bdcore.plugins import Host, blamed
-from bdcore.record import Defended, check_folder, make_record, write_run_folder
+from bdcore.record import Defended, check_folder, make_record, total_cost, write_run_folder
 from bdcore.stages import data
 from bdcore.stages.defend import defend
 from bdcore.stages.evaluate import evaluate, features, recovered, sampled
-from bdcore.stages.poison import poison, poison_all, prepare
+from bdcore.stages.poison import check, poison, poison_all, prepare
 from bdcore.stages.train import FINE_TUNING, fine_tune, train
 from bdcore.staging import (
     Result,
@@ -115,7 +115,7 @@ class _Run(Stages):
         """All stages, then the run folder."""
         config = self.config
         dataset, clean = self.loaded()
-        poisoned, trained, arch = self.attacked(dataset)
+        poisoned, trained, arch, spent = self.attacked(dataset)
         if trained is None:
             trained = self.trained("train", poisoned.train, arch)
         victim_scores = self.scores(trained, trained, arch, dataset.test, poisoned)
@@ -127,8 +127,8 @@ class _Run(Stages):
             defended.append(Defended(chosen, entry, scores, found))
         record = make_record(
             run_id(config), config, {chosen.plugin.name: oracles(chosen) for chosen in config.defenses}, dataset,
-            poisoned, trained, victim_scores, defended, self.device, self.precision,
-            implementation(self.device.type), self.curves,
+            poisoned, spent, trained, victim_scores, defended, self.device, self.precision,
+            implementation(self.device.type), self.curves, self.warnings,
         )  # fmt: skip
         files = {"victim": trained.path("model")}
         for done in defended:
@@ -150,15 +150,17 @@ class _Run(Stages):
                 dataset = data.load(plugin, config.dataset_argument)
             return dataset, data.clean_set(dataset, config.run.clean_fraction, self.context("data"))
 
-    def attacked(self, dataset: Dataset) -> tuple[Poisoned, Entry | None, Architecture]:
+    def attacked(self, dataset: Dataset) -> tuple[Poisoned, Entry | None, Architecture, dict[str, float | int] | None]:
         """The training set as the victim sees it, of which only what the attack changes is stored; the victim where the
-        attacker made it; the architecture."""
+        attacker made it; the architecture; what the attack cost, an attacker's own classifier included."""
         clean, run = dataset.train, self.config.run
         if self.config.attack is None:
             untouched = torch.zeros(len(clean), dtype=torch.bool)
-            return Poisoned(clean, untouched, None, None), None, data.architecture(run.model, clean, dataset.classes)
+            arch = data.architecture(run.model, clean, dataset.classes)
+            return Poisoned(clean, untouched, None, None), None, arch, None
         chosen = self.config.attack
-        kind = type(cast(Attack, instance(chosen)))
+        attack = cast(Attack, instance(chosen))
+        kind = type(attack)
         fine_tuned = run.victim == "fine_tuned"
         tuning = FINE_TUNING.model_copy(update={"lr": run.fine_tuning_lr, "epochs": run.fine_tuning_epochs})
         arch = data.architecture(run.model, clean, dataset.classes)
@@ -171,22 +173,23 @@ class _Run(Stages):
                 "tuned": tuning.model_dump() if fine_tuned else None,
                 **self.base,
             }
+        with blamed(chosen.plugin):
+            check(dataset, attack)  # before anything is trained for it
+        # Also where the cache has the poison: the record names its curves and cost.
         surrogate = self.trained("surrogate", clean, arch) if fine_tuned or kind.surrogate else None
 
         def build_it(context: Context) -> Result:
-            attack = cast(Attack, instance(chosen))
             known = restore(surrogate, arch).to(self.device) if surrogate else None
             given = AttackInput(clean, dataset.classes, arch, self.config.train, known if kind.surrogate else None)
-            with blamed(chosen.plugin):
-                victim = prepare(dataset, attack, given, context)
-                made = poison(dataset, attack, context)
-            if fine_tuned:
-                assert known is not None
+            with metered(context.meter):
                 with blamed(chosen.plugin):
-                    poisons = poison_all(dataset, attack, context)
-                with metered(context.meter):
-                    rate = attack.config.poison_rate
-                    victim = fine_tune(known, clean, poisons, rate, tuning, context)
+                    victim = prepare(dataset, attack, given, context)
+                    made = poison(dataset, attack, context)
+                if fine_tuned:
+                    assert known is not None
+                    with blamed(chosen.plugin):
+                        poisons, chances = poison_all(dataset, attack, context)
+                    victim = fine_tune(known, clean, poisons, chances, tuning, context)
             changed = made.poisoned.nonzero()[:, 0]
             tensors = {"index": changed, "images": made.train.images[changed], "labels": made.train.labels[changed]}
             assert made.triggered is not None
@@ -204,10 +207,11 @@ class _Run(Stages):
         flags[changes["index"]] = True
         triggered = Triggered(**entry.tensors("triggered"))
         poisoned = Poisoned(Labelled(images, labels), flags, triggered, entry.payload["target"])
+        spent = total_cost([one.payload["cost"] for one in (surrogate, entry) if one])
         if "model" in entry.files:
-            return poisoned, entry, arch
+            return poisoned, entry, arch, spent
         # Whoever trains on a poisoned set normalises by what he sees.
-        return poisoned, None, data.architecture(run.model, poisoned.train, dataset.classes)
+        return poisoned, None, data.architecture(run.model, poisoned.train, dataset.classes), spent
 
     def trained(self, stage: str, data_set: Labelled, arch: Architecture) -> Entry:
         """The parameters of a classifier trained by the run's recipe: the victim's, or those of an attacker's own."""

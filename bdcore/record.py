@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from io import BytesIO
@@ -43,6 +43,7 @@ def make_record(
     oracles: Mapping[str, tuple[str, ...]],
     dataset: Dataset,
     poisoned: Poisoned,
+    spent: Mapping[str, float | int] | None,
     trained: Entry,
     victim: Scores,
     defended: list[Defended],
@@ -50,6 +51,7 @@ def make_record(
     precision: str,
     operators: str,
     curves: Mapping[str, Any],
+    warnings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The record without its artifacts: JSON values, figures as fractions of 1, null where nothing can be measured."""
     attacks = [config.attack] if config.attack else []
@@ -69,10 +71,21 @@ def make_record(
             "fingerprint": dataset.fingerprint,
         },
         "poison": _poison(poisoned),
+        "attack": dict(spent) if spent else None,
         "victim": {**asdict(victim), **trained.payload["cost"]},
         "defenses": [_defense(done, victim, poisoned) for done in defended],
         "curves": dict(curves),
+        "warnings": dict(warnings),
         **made_with(device, precision, operators),
+    }
+
+
+def total_cost(costs: Sequence[Mapping[str, float | int]]) -> dict[str, float | int]:
+    """What several stages, one after the other, cost together."""
+    return {
+        "seconds": round(sum(cost["seconds"] for cost in costs), 3),
+        "peak_memory_bytes": max(cost["peak_memory_bytes"] for cost in costs),
+        "images": sum(cost["images"] for cost in costs),
     }
 
 

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -51,6 +51,8 @@ class Stages:
         self.precision: Precision = choose_precision(precision, self.device)
         self.curves: dict[str, list[dict[str, Any]]] = {}
         """Every finished epoch of the stages so far, by stage."""
+        self.warnings: dict[str, list[str]] = {}
+        """What the stages so far warned of, by stage."""
         self.base = {
             "bdcore": code(),
             "torch": torch.__version__,
@@ -77,7 +79,11 @@ class Stages:
                         payload, files = build_it(self.context(stage, folder))
                         curves = _curves(told.journal)
                         payload = {**payload, "curves": curves} if curves else payload
+                        payload = {**payload, "warnings": told.warnings} if told.warnings else payload
                         entry = self.store.write(kind, key, payload, files)
+            if told.cached:
+                for message in entry.payload.get("warnings", []):  # what was wrong with the result still is
+                    _warn(message)
         if "curves" in entry.payload:
             self.curves[stage] = entry.payload["curves"]
         return entry
@@ -105,17 +111,20 @@ class Stages:
             yield told
         finally:
             _LISTENER.reset(token)
+        if told.warnings:
+            self.warnings[stage] = told.warnings
         self.host.hook.bdcore_stage_finished(stage=stage, cached=told.cached, seconds=meter.seconds)
 
 
 @dataclass
 class _Told:
-    """Whom to tell of which stage, whether the cache answered, and where its epochs are noted."""
+    """Whom to tell of which stage, whether the cache answered, where its epochs are noted, and what it warned of."""
 
     hook: Any
     stage: str
     cached: bool = True
     journal: Path | None = None
+    warnings: list[str] = field(default_factory=list)
 
 
 # Plugins' contexts hold plain functions that look here, so nothing leads from a defense's context to the run.
@@ -133,6 +142,7 @@ def _report(progress: Progress) -> None:
 
 def _warn(message: str) -> None:
     told = _LISTENER.get()
+    told.warnings.append(message)
     told.hook.bdcore_warning(message=f"{told.stage}: {message}")
 
 
@@ -238,15 +248,21 @@ def cost(context: Context) -> dict[str, float | int]:
     }
 
 
+def sources() -> list[Path]:
+    """The Python files of bdcore that numbers depend on, sorted."""
+    root = Path(__file__).parent
+    single = ("artifacts", "context", "contract", "pipeline", "poisoning", "staging")
+    files = [root / f"{name}.py" for name in single]
+    for part in ("models", "ops", "stages", "training"):
+        files += (root / part).rglob("*.py")
+    return sorted(files)
+
+
 @cache
 def code() -> str:
     """SHA-256 over the sources and libraries of bdcore that numbers depend on."""
     root = Path(__file__).parent
-    files = [root / name for name in ("artifacts.py", "context.py", "contract.py", "pipeline.py", "staging.py")]
-    for part in ("models", "ops", "stages", "training"):
-        files += (root / part).rglob("*.py")
-    files += (root / "ops").glob("*.so")
     digests = hashlib.sha256()
-    for file in sorted(files):
+    for file in sorted([*sources(), *(root / "ops").glob("*.so")]):
         digests.update(f"{file.relative_to(root)}|".encode() + file.read_bytes())
     return digests.hexdigest()

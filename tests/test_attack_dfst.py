@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from bdcore import Attack, AttackInput, Context, DataError, Dataset, Labelled, Recipe, forward_batches
+from bdcore import Architecture, Attack, AttackInput, Context, DataError, Dataset, Labelled, Recipe, forward_batches
 from bdcore.context import Progress
 from bdcore.stages.data import architecture
 from bdcore.stages.evaluate import evaluate
@@ -55,6 +55,13 @@ def prepared(attack: Dfst, data: Dataset, context: Context, recipe: Recipe = QUI
 
 def brightness(images: Tensor) -> Tensor:
     return (images.double() * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1)
+
+
+class Bytes(nn.Module):
+    """Pixels as floats."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.float() / 255
 
 
 class TestSunset:
@@ -343,6 +350,19 @@ class TestAttack:
     def test_images_that_cannot_be_styled_are_refused(self, shape: tuple[int, int, int]):
         with pytest.raises(DataError, match=r"dfst needs images of 1 or 3 channels and at least 8 pixels a side"):
             prepared(Dfst(Dfst.Config()), dataset(shape), Context())
+
+    def test_a_model_without_feature_maps_is_refused_before_any_training(self, monkeypatch: pytest.MonkeyPatch):
+        data, told = dataset(), list[Progress]()
+
+        def build(arch: Architecture, seed: int) -> nn.Module:
+            return nn.Sequential(Bytes(), nn.Flatten(), nn.Linear(3 * 12 * 9, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+
+        monkeypatch.setattr(dfst, "build", build)
+        context = Context(report=told.append)
+        with pytest.raises(DataError, match=r"no nn\.Conv2d and no nn\.BatchNorm2d: .*attack\.rounds=0"):
+            prepared(Dfst(Dfst.Config(**BRIEF)), data, context)
+        assert told == []
+        prepared(Dfst(Dfst.Config(**BRIEF, rounds=0)), data, Context())
 
     def test_the_hook_returns_it(self):
         assert dfst.bdcore_attack() is Dfst

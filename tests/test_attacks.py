@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -12,11 +13,12 @@ from torch import Tensor
 
 from bdcore import Attack, AttackConfig, Context, DataError, Dataset, Labelled
 from bdcore.errors import PluginError, UsageError
-from bdcore.stages.poison import poison
+from bdcore.stages.poison import check, poison
 from bdcore_plugins.attacks import badnets, blended, sig
 from bdcore_plugins.attacks.badnets import BadNets
 from bdcore_plugins.attacks.blended import Blended
 from bdcore_plugins.attacks.sig import Sig
+from bdcore_plugins.datasets.digits import Digits
 
 
 def samples(count: int, classes: int, shape: tuple[int, int, int], seed: int) -> Labelled:
@@ -39,8 +41,15 @@ def attacks() -> st.SearchStrategy[Attack]:
         poison_rate=rate,
         all_to_all=st.booleans(),
         size=st.integers(1, 9),
-        place=st.sampled_from(["lower_right", "lower_left", "upper_right", "upper_left", "center"]),
+        place=st.sampled_from(["lower_right", "lower_left", "upper_right", "upper_left", "center", "random"]),
         pattern=st.sampled_from(["checker", "white", "noise"]),
+    ).map(BadNets)
+    mesa = st.builds(
+        BadNets.Config,
+        poison_rate=rate,
+        place=st.sampled_from(["lower_right", "random"]),
+        pattern=st.just("black_white"),
+        number=st.integers(0, 50),
     ).map(BadNets)
     blends = st.builds(Blended.Config, target=st.integers(0, 1), poison_rate=rate, alpha=st.floats(0.01, 1)).map(
         Blended
@@ -53,7 +62,7 @@ def attacks() -> st.SearchStrategy[Attack]:
         blend=st.none() | st.floats(0.05, 1),
         class_rate=st.none() | st.floats(0.05, 1),
     ).map(Sig)
-    return patches | blends | stripes
+    return patches | mesa | blends | stripes
 
 
 @settings(max_examples=60, deadline=None)
@@ -121,6 +130,9 @@ def test_another_seed_takes_other_samples():
     "attack",
     [
         BadNets(BadNets.Config(pattern="noise")),
+        BadNets(BadNets.Config(place="random")),
+        BadNets(BadNets.Config(pattern="black_white", number=17, place="random")),
+        BadNets(BadNets.Config(row=7, column=20)),
         Blended(Blended.Config()),
         Sig(Sig.Config()),
         Sig(Sig.Config(blend=0.2)),
@@ -161,6 +173,70 @@ def test_rate_zero_poisons_nothing_but_still_makes_the_triggered_test_set():
 def test_impossible_wishes_are_refused(config: dict, message: str):
     with pytest.raises(UsageError, match=message):
         poison(dataset(), BadNets(BadNets.Config(**config)), Context())
+
+
+@settings(max_examples=200, deadline=None)
+@given(samples=st.integers(1, 100_000), own=st.floats(1e-5, 1), more=st.floats(0, 1))
+def test_the_rate_that_is_advised_is_accepted(samples: int, own: float, more: float):
+    eligible = max(1, round(own * samples))
+    rate = (eligible + more * (samples - eligible)) / samples
+    assume(round(rate * samples) > eligible)
+    advised = advice(samples, eligible, rate)
+    clean_label_set(samples, eligible, advised)
+    assert round(advised * samples) > 0.98 * eligible - 1, "and no lower than need be"
+
+
+def test_the_advised_rate_is_rounded_down():
+    assert advice(60_000, 5842, 0.1) == 0.0973  # where 0.0974 is refused: it asks for 5844
+    assert advice(50, 0, 0.5) == 0
+
+
+def clean_label_set(samples: int, eligible: int, rate: float) -> None:
+    """Check whether SIG can poison that share of a set of which so many samples are of its class."""
+    labels = torch.ones(samples, dtype=torch.int64)
+    labels[:eligible] = 0
+    data = Dataset("made", Labelled(torch.zeros(samples, 1, 1, 1, dtype=torch.uint8), labels), dataset().test, 4)
+    check(data, Sig(Sig.Config(poison_rate=rate)))
+
+
+def advice(samples: int, eligible: int, rate: float) -> float:
+    with pytest.raises(UsageError, match=r"attack\.poison_rate=.* asks for") as refused:
+        clean_label_set(samples, eligible, rate)
+    found = re.search(r"lower it to (\S+) or less", str(refused.value))
+    assert found is not None
+    return float(found[1])
+
+
+@pytest.mark.parametrize("poison_rate", [0, 0.05])
+def test_a_class_rate_of_no_sample_is_named(poison_rate: float):
+    own = int((dataset().train.labels == 0).sum())
+    with pytest.raises(UsageError, match=rf"attack\.class_rate=0\.01 of {own} training samples .* is not even one"):
+        check(dataset(), Sig(Sig.Config(poison_rate=poison_rate, class_rate=0.01)))
+
+
+class _Greedy(Sig):
+    name = "greedy"
+
+    def count(self, labels: Tensor, classes: int) -> int:
+        return 2 * super().count(labels, classes)
+
+
+def test_a_class_rate_that_is_too_high_is_named():
+    with pytest.raises(UsageError, match=r"attack\.class_rate=0\.8 asks for .* lower it to 0\.\d+ or less"):
+        check(dataset(), _Greedy(Sig.Config(class_rate=0.8)))
+
+
+def test_poisons_that_look_like_their_originals_are_said():
+    digits, told = Digits(Digits.Config()).load(None), list[str]()
+    attack = BadNets(BadNets.Config(pattern="black_white"))
+    made = poison(digits, attack, Context(seed=1, warn=told.append))
+    dark = int((digits.train.images[made.poisoned][:, :, 29:, 29:].flatten(1) == 0).all(1).sum())
+    assert 0.3 < dark / int(made.poisoned.sum()) < 0.8
+    (said,) = told
+    assert said.startswith(f"{dark} of {int(made.poisoned.sum())} poisons do not differ from their originals: ")
+    told.clear()
+    poison(digits, BadNets(BadNets.Config()), Context(seed=1, warn=told.append))
+    assert told == []
 
 
 def test_all_to_all_has_no_use_for_the_target():
@@ -228,6 +304,50 @@ def test_badnets_places(place: str, rows: slice, columns: slice):
     expected = images.numpy().copy()
     expected[:, :, rows, columns] = 255
     assert np.array_equal(result, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "rows", "columns"),
+    [
+        ({"row": 5, "column": 17}, slice(5, 8), slice(17, 20)),
+        ({"row": 0, "column": 29}, slice(0, 3), slice(29, 32)),
+        ({"row": 31, "column": 2, "size": 1}, slice(31, 32), slice(2, 3)),
+    ],
+)
+def test_badnets_by_row_and_column(options: dict, rows: slice, columns: slice):
+    images, result = stamped(pattern="white", **options)
+    expected = images.numpy().copy()
+    expected[:, :, rows, columns] = 255
+    assert np.array_equal(result, expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(size=st.integers(1, 32), corner=st.tuples(st.floats(0, 1), st.floats(0, 1)), data=st.data())
+def test_badnets_by_row_and_column_scales(size: int, corner: tuple[float, float], data: st.DataObject):
+    height, width = data.draw(st.tuples(st.integers(4, 80), st.integers(4, 80)))
+    row, column = (int(share * (32 - size)) for share in corner)
+    images = torch.full((1, 1, height, width), 7, dtype=torch.uint8)
+    attack = BadNets(BadNets.Config(pattern="white", size=size, row=row, column=column))
+    changed = (attack.stamp(images, Context()) == 255)[0, 0]
+    side = max(1, round(size * min(height, width) / 32))
+    assert int(changed.sum()) == side**2, "all of it lies in the image"
+    top, left = changed.nonzero().min(0).values.tolist()
+    assert abs(top - row * height / 32) <= 1
+    assert abs(left - column * width / 32) <= 1
+
+
+def test_badnets_with_a_picture(tmp_path: Path):
+    colours = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    path = tmp_path / "patch.png"
+    Image.fromarray(colours).save(path)
+    images, result = stamped(size=4, picture=path, row=3, column=9)
+    expected = images.numpy().copy()
+    expected[:, :, 3:7, 9:13] = colours.transpose(2, 0, 1)
+    assert np.array_equal(result, expected)
+    assert BadNets(BadNets.Config(picture=path)).files() == (path,)
+    assert BadNets(BadNets.Config()).files() == ()
+    with pytest.raises(DataError, match=r"there is no file .*none\.png"):
+        stamped(picture=tmp_path / "none.png")
 
 
 def test_badnets_patch_scales_with_the_image():
@@ -382,6 +502,16 @@ def test_sig_refuses_a_signal_that_is_nowhere():
             Sig(Sig.Config(frequency=16, blend=blend)).stamp(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), Context())
 
 
+def test_sig_refuses_a_signal_that_rounds_to_nothing():
+    grey = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    slow = {"frequency": 0.05}  # 0.05 of a period over the width: a sine of at most 0.3
+    with pytest.raises(DataError, match=r"half a grey level: raise attack\.amplitude"):
+        Sig(Sig.Config(amplitude=1, **slow)).stamp(grey, Context())
+    with pytest.raises(DataError, match=r"half a grey level: raise attack\.blend"):
+        Sig(Sig.Config(blend=0.01, **slow)).stamp(grey, Context())
+    assert bool(Sig(Sig.Config(amplitude=2, **slow)).stamp(grey, Context()).any())
+
+
 def test_sig_cannot_poison_more_than_its_class():
     clean = dataset(100, 4)
     own = int((clean.train.labels == 0).sum())
@@ -404,6 +534,11 @@ def test_hooks_return_the_attacks(module: ModuleType, kind: type[Attack]):
         (BadNets.Config, {"size": 0}),
         (BadNets.Config, {"place": "somewhere"}),
         (BadNets.Config, {"sise": 3}),
+        (BadNets.Config, {"row": 30, "column": 0}),
+        (BadNets.Config, {"row": 3}),
+        (BadNets.Config, {"column": 3}),
+        (BadNets.Config, {"row": 3, "column": 3, "place": "center"}),
+        (BadNets.Config, {"picture": "patch.png", "pattern": "white"}),
         (Blended.Config, {"alpha": 0}),
         (Blended.Config, {"alpha": 1.1}),
         (Blended.Config, {"poison_rate": -0.1}),

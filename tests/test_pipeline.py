@@ -12,6 +12,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from bdcore import hookimpl
+from bdcore.analysis.page import render
+from bdcore.analysis.runs import read_run
 from bdcore.cli import main
 from bdcore.config import resolve
 from bdcore.errors import BdcoreError, PluginError, StoreError, UsageError
@@ -139,8 +141,8 @@ class TestRecord:
         folder, record = warm[0] / "out", warm[1]
         assert json.loads((folder / "record.json").read_text()) == record == json.loads(json.dumps(record))
         assert set(record) == {
-            "schema", "command", "run", "config", "seed", "plugins", "dataset", "poison", "victim", "defenses",
-            "curves", "versions", "device", "artifacts", "figures",
+            "schema", "command", "run", "config", "seed", "plugins", "dataset", "poison", "attack", "victim",
+            "defenses", "curves", "warnings", "versions", "device", "artifacts", "figures",
         }  # fmt: skip
         assert record["poison"]["count"] == 60
         assert record["poison"]["rate"] == 0.1
@@ -358,6 +360,16 @@ def bdcore_defense():
             go(digits, tmp_path / "out", plugins=["broken"])
         assert failure.value.exit_code == 1
         assert not (tmp_path / "out" / "record.json").exists()
+
+    @pytest.mark.usefixtures("cache")
+    def test_what_a_plugin_warned_of_is_kept_and_said_again(self, site: "Site", digits: Path, tmp_path: Path):
+        self.broken(site, call="context.warn('half of it is guessed.')")
+        for name, cached in (("first", False), ("second", True)):
+            record, observer = go(digits, tmp_path / name, plugins=["broken"])
+            assert ("defend broken", cached) in observer.stages
+            assert "defend broken: half of it is guessed." in observer.warnings
+            assert record["warnings"]["defend broken"] == ["half of it is guessed."]
+        assert "half of it is guessed." in render([read_run(tmp_path / "second")]).html
 
     @pytest.mark.usefixtures("cache")
     def test_on_the_command_line(self, site: "Site", digits: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import f1_score, precision_score, recall_score
 from torch import Tensor, nn
 
-from bdcore import Recipe, Suspects, Trigger, Verdict, put_trigger
+from bdcore import Attack, Recipe, Suspects, Trigger, Verdict, put_trigger
 from bdcore.artifacts import Dataset, Labelled, Recovered, Scores, Triggered
 from bdcore.context import Context
 from bdcore.errors import UsageError
@@ -21,7 +21,10 @@ from bdcore.stages.evaluate import (
     target_rank,
     verdict_correct,
 )
+from bdcore.stages.poison import check, poison_all
 from bdcore.stages.train import fine_tune, train
+from bdcore_plugins.attacks.badnets import BadNets
+from bdcore_plugins.attacks.sig import Sig
 
 
 def numbered(labels: Tensor) -> Dataset:
@@ -254,8 +257,9 @@ class TestFineTuned:
             with torch.no_grad():
                 return float((model(stamped[1::2]).argmax(1) == 0).float().mean())
 
-        tuned = fine_tune(victim, clean, poisoned, 0.1, recipe, Context())
-        untuned = fine_tune(victim, clean, poisoned, 0.0, recipe, Context())
+        tenth, never = torch.full((400,), 0.1), torch.zeros(400)
+        tuned = fine_tune(victim, clean, poisoned, tenth, recipe, Context())
+        untuned = fine_tune(victim, clean, poisoned, never, recipe, Context())
         assert bright_as_dark(victim) < 0.1
         assert bright_as_dark(untuned) < 0.1
         assert bright_as_dark(tuned) > 0.9
@@ -263,10 +267,65 @@ class TestFineTuned:
             assert float((tuned(images).argmax(1) == labels).float().mean()) > 0.95
         assert not any(module.training for module in tuned.modules())
         assert all(torch.equal(victim.state_dict()[name], value) for name, value in before.items())
-        again = fine_tune(victim, clean, poisoned, 0.1, recipe, Context())
+        again = fine_tune(victim, clean, poisoned, tenth, recipe, Context())
         assert all(
             torch.equal(a, b) for a, b in zip(again.state_dict().values(), tuned.state_dict().values(), strict=True)
         )
+
+
+class Counter(nn.Module):
+    """Keeps what it is shown, of which no copy is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.seen: list[Tensor] = []
+
+    def __deepcopy__(self, memo: dict) -> "Counter":
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen.append(images.clone())
+        return self.weight * torch.zeros(len(images), 10)
+
+
+class TestSharesOfFineTuning:
+    """Images are one grey level each, which tells their class: a poison is an image of several levels."""
+
+    labels = torch.arange(2000) % 10
+    images = (20 * labels.view(-1, 1, 1, 1) + 10).to(torch.uint8).expand(-1, 1, 32, 32).contiguous()
+    recipe = Recipe(epochs=100, batch_size=100, lr=1e-9)
+
+    def poisons(self, attack: Attack) -> tuple[Tensor, Tensor]:
+        """How many poisons each of the 2,000 batches has, and all their classes."""
+        train, shown = Labelled(self.images, self.labels), Counter()
+        data = Dataset("levels", train, train.select(torch.arange(10)), 10)
+        check(data, attack)
+        poisoned, chances = poison_all(data, attack, Context())
+        fine_tune(shown, train, poisoned, chances, self.recipe, Context())
+        counts, classes = list[int](), list[Tensor]()
+        for batch in shown.seen:
+            assert len(batch) == 100
+            several = (batch != batch[:, :, :1, :1]).flatten(1).any(1)
+            counts.append(int(several.sum()))
+            classes.append(batch[several, 0, 0, 0].long() // 20)  # neither trigger changes the upper left corner
+        return torch.tensor(counts), torch.cat(classes)
+
+    def test_badnets(self):
+        counts, classes = self.poisons(BadNets(BadNets.Config(poison_rate=0.01, target=3)))
+        # 1 in 100 on average; a batch of 90 eligible samples on average, each with the chance 1 / 90.
+        assert float(counts.double().mean()) == pytest.approx(1, abs=4 * (1 / 2000) ** 0.5)
+        assert sorted(set(classes.tolist())) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+
+    def test_sig_of_half_its_class(self):
+        counts, classes = self.poisons(Sig(Sig.Config(class_rate=0.5, target=3)))
+        assert float(counts.double().mean()) == pytest.approx(5, abs=4 * (5 / 2000) ** 0.5)
+        assert set(classes.tolist()) == {3}
+        assert 0 < int((counts == 0).sum()) < 200, "drawn anew for every batch"
+
+    def test_sig_of_all_its_class(self):
+        counts, _ = self.poisons(Sig(Sig.Config(poison_rate=0.1, target=3)))
+        assert int(counts.sum()) == 200 * 100, "every image of its class, in each of 100 epochs"
 
 
 class Corner(nn.Module):

@@ -175,10 +175,12 @@ class Record(Cost):
     versions: dict[str, str]
     device: dict[str, str | int | float | None]
     curves: dict[str, Annotated[tuple[Epoch, ...], BeforeValidator(_list)]] = {}
+    warnings: dict[str, Annotated[tuple[str, ...], BeforeValidator(_list)]] = {}
     artifacts: dict[str, Artifact]
     figures: dict[str, str]
     dataset: DataSet | None = None
     poison: Poison | None = None
+    attack: Cost | None = None
     victim: Victim | None = None
     defenses: Annotated[tuple[Defended, ...], BeforeValidator(_list)] = ()
     model: Given | None = None

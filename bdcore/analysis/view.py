@@ -118,7 +118,7 @@ def view(run: Run, anchor: str) -> View:
         title=title(record),
         subtitle=_subtitle(record),
         record=record,
-        sentences=tuple(summary(run.raw)),
+        sentences=(*summary(run.raw), *_warned(record)),
         classifiers=rows,
         interval_note=_interval_note(record),
         told=tuple(_told(record)),
@@ -215,6 +215,8 @@ def _interval_note(record: Record) -> str:
 
 
 def _costs(record: Record) -> Iterator[tuple[str, Cost]]:
+    if record.attack:
+        yield "attack", record.attack
     if record.victim:
         yield "victim", record.victim
     if record.command == "scan":
@@ -282,6 +284,12 @@ def _worth(record: Record, defense: str, target: int) -> str:
 
 def _shots_missing(run: Run) -> str:
     return "" if run.pictures else "The record names no pictures: nothing was triggered and no trigger recovered."
+
+
+def _warned(record: Record) -> Iterator[str]:
+    """What the stages warned of, as `summary` warns."""
+    for stage, messages in record.warnings.items():
+        yield from (f"warning: {stage}: {message}" for message in messages)
 
 
 def _sections(run: Run) -> Iterator[Section]:

@@ -1,6 +1,7 @@
 """Hand a model and images of the user's own to defenses, and write down what came of it."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -170,13 +171,16 @@ class _Work(Stages):
             accuracy = share(after == subject.clean.labels) if subject.labelled else None
             agreement = share(after == subject.predicted) if subject.predicted is not None else None
         named = verdict and {**verdict, "class_name": subject.class_name(verdict["target"])}
-        suspects = entry.tensors("suspects")["index"] if "suspects" in entry.files else None
+        isolation = None
+        if "suspects" in entry.files:
+            isolated = len(entry.tensors("suspects")["index"])
+            isolation = {"isolated": isolated, "list": _list_of(name) if subject.suspect_files else None}
         return {
             "name": name,
             "clean_accuracy": accuracy,
             "agreement": agreement,
             "verdict": named,
-            "isolation": None if suspects is None else {"isolated": len(suspects)},
+            "isolation": isolation,
             "triggers": [asdict(one) for one in self.worth(entry, subject, model)],
             "notes": entry.payload["notes"],
             **entry.payload["cost"],
@@ -227,6 +231,7 @@ class _Work(Stages):
             "suspect": suspect
             and {"source": request.suspect, "images": len(suspect), "fingerprint": suspect.fingerprint},
             "curves": self.curves,
+            "warnings": self.warnings,
             **made_with(self.device, self.precision, implementation(self.device.type)),
         }
 
@@ -238,7 +243,8 @@ class _Work(Stages):
         models: Mapping[str, nn.Module],
         subject: Subject,
     ) -> dict[str, Any]:
-        """The folder with triggers, suspects, pictures, features, the record and, drawn from these, the report."""
+        """The folder with triggers, suspects, pictures, features, the record and, drawn from these, the report; beside
+        the suspects' places their files, where each image is one."""
         files = {
             f"{name}-{part}": entry.path(part)
             for name, entry in entries.items()
@@ -260,6 +266,9 @@ class _Work(Stages):
         tensors = {"features": self.features(first, models, subject)}
         kept = {name: content for name, content in tensors.items() if content}
         complete = write_run_folder(folder, record, files, kept, subject.victim.arch, pictures)
+        for name, entry in entries.items():
+            if "suspects" in entry.files and subject.suspect_files:
+                write_bytes(folder / _list_of(name), _files_suspected(entry, subject.suspect_files))
         write_bytes(folder / "report.html", render([read_run(folder)]).html.encode("utf-8", "replace"))
         return complete
 
@@ -286,6 +295,20 @@ class _Work(Stages):
             found |= {f"{name}.{part}": value for part, value in features(model, few, context).items()}
         labels = {name: value for name, value in few.items() if name.endswith("labels")}
         return {**found, **labels} if found else {}
+
+
+def _list_of(defense: str) -> str:
+    return f"{defense}-suspects.txt"
+
+
+def _files_suspected(entry: Entry, files: Sequence[str]) -> bytes:
+    """The files that a defense set aside, a line each, the most suspicious first where it gave scores."""
+    tensors = entry.tensors("suspects")
+    index = tensors["index"]
+    if "scores" in tensors:
+        index = index[tensors["scores"][index].argsort(descending=True, stable=True)]
+    places: list[int] = index.tolist()
+    return b"".join(os.fsencode(files[place]) + b"\n" for place in places)
 
 
 @dataclass(frozen=True)

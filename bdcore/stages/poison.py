@@ -1,28 +1,49 @@
 """Poison a data set: choose training samples, stamp and relabel them, and make the triggered test set."""
 
+from dataclasses import replace
+from decimal import ROUND_DOWN, Decimal
+from decimal import Context as Decimals
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
 from bdcore.artifacts import Dataset, Labelled, Poisoned, Triggered
 from bdcore.context import Context
-from bdcore.contract import Attack, AttackConfig, AttackInput
+from bdcore.contract import Attack, AttackConfig, AttackInput, CleanLabelConfig
 from bdcore.errors import PluginError, UsageError
-from bdcore.models import metered
+
+_ROUNDED_DOWN = Decimals(prec=3, rounding=ROUND_DOWN)
+
+
+def check(dataset: Dataset, attack: Attack) -> None:
+    """Raise where the attack, as its options are, cannot poison `dataset`: nothing is trained to find out.
+
+    Raises:
+        UsageError: where the rate asks for more samples than are eligible, or for none though it is above 0; where the
+            target is no class of the data set; where no test sample is left to put the trigger into.
+        PluginError: where the attack returns tensors of another form than its contract says.
+    """
+    _single_target(dataset, attack)
+    _candidates(dataset, attack)
+    if not bool(_asked("counted", attack, dataset.test.labels, dataset.classes).any()):
+        raise UsageError(
+            f"no test sample of {dataset.name} can carry the trigger of {attack.name}: all are of its target class"
+        )
 
 
 def prepare(dataset: Dataset, attack: Attack, given: AttackInput, context: Context) -> nn.Module | None:
-    """Let the attack train what it needs, once it is clear that it can poison `dataset`.
+    """Let the attack train what it needs, once `check` has let it pass.
 
     Returns:
         The victim where the attack controls its training, else None.
 
     Raises:
-        UsageError, PluginError: as `poison`; and where a victim is missing, or one is returned that is not asked for.
+        UsageError, PluginError: as `check`; and where a victim is missing, or one is returned that is not asked for.
     """
-    _single_target(dataset, attack)
-    _candidates(dataset, attack)
-    with metered(context.meter):
-        victim = attack.prepare(given, context)
+    check(dataset, attack)
+    order, _ = _drawn(dataset, attack, context)
+    victim = attack.prepare(replace(given, order=order), context)
     if isinstance(victim, nn.Module) != attack.controls_training:
         raise PluginError(
             f"{attack.name}.prepare must return {'the trained victim' if attack.controls_training else 'None'}, because"
@@ -45,13 +66,12 @@ def poison(dataset: Dataset, attack: Attack | None, context: Context) -> Poisone
         The training set as its victim sees it, and the attacker's secrets.
 
     Raises:
-        UsageError: where the rate asks for more samples than are eligible, or for none though it is above 0; where
-            the target is no class of the data set; where no test sample is left to put the trigger into.
-        PluginError: where the attack returns tensors of another form than its contract says.
+        UsageError, PluginError: as `check`.
     """
     untouched = torch.zeros(len(dataset.train), dtype=torch.bool, device=dataset.train.labels.device)
     if attack is None:
         return Poisoned(dataset.train, untouched, None, None)
+    check(dataset, attack)
     return Poisoned(
         *_poison_train(dataset, attack, context, untouched),
         triggered=_trigger_test(dataset, attack, context),
@@ -59,13 +79,20 @@ def poison(dataset: Dataset, attack: Attack | None, context: Context) -> Poisone
     )
 
 
-def poison_all(dataset: Dataset, attack: Attack, context: Context) -> Labelled:
-    """Every training sample as the attack poisons it; those that it cannot poison as they are."""
-    train, changed = dataset.train, _candidates(dataset, attack)[0]
+def poison_all(dataset: Dataset, attack: Attack, context: Context) -> tuple[Labelled, Tensor]:
+    """Every training sample as the attack poisons it, and the chance of each to be poisoned in a batch, float [N].
+
+    Samples that it cannot poison are as they are, and their chance is 0; that of the others is such that on average a
+    batch has the share of poisons that the attack asks for in the data set.
+    """
+    train = dataset.train
+    changed, count = _candidates(dataset, attack)
     images, labels = train.images.clone(), train.labels.clone()
     images[changed] = _poison_images(attack, train.select(changed), context)
     labels[changed] = _relabel(attack, train.labels[changed], dataset.classes, dataset.name)
-    return Labelled(images, labels)
+    chances = torch.zeros(len(train), device=labels.device)
+    chances[changed] = count / max(len(changed), 1)
+    return Labelled(images, labels), chances
 
 
 def _single_target(dataset: Dataset, attack: Attack) -> int | None:
@@ -79,37 +106,58 @@ def _candidates(dataset: Dataset, attack: Attack) -> tuple[Tensor, int]:
     train = dataset.train
     if not isinstance(attack.config, AttackConfig):
         raise PluginError(f"{attack.name}: an attack's Config must subclass bdcore.AttackConfig")
-    rate = attack.config.poison_rate
     count = attack.count(train.labels, dataset.classes)
-    eligible = attack.eligible(train.labels, dataset.classes)
-    if eligible.dtype != torch.bool or eligible.shape != train.labels.shape:
-        raise PluginError(
-            f"{attack.name}.eligible must return bool [{len(train)}], got {eligible.dtype} {list(eligible.shape)}"
-        )
-    candidates = eligible.nonzero().squeeze(1)
+    candidates = _asked("eligible", attack, train.labels, dataset.classes).nonzero().squeeze(1)
+    rate, option, samples = attack.config.poison_rate, "attack.poison_rate", len(train)
+    if isinstance(attack.config, CleanLabelConfig) and attack.config.class_rate is not None:  # it takes its place
+        rate, option, samples = attack.config.class_rate, "attack.class_rate", len(candidates)
     if count > len(candidates):
+        # The rate is rounded down, since it may be refused again where it is rounded up.
+        most = _ROUNDED_DOWN.plus(Decimal(str(rate)) * len(candidates) / count)
         raise UsageError(
-            f"attack.poison_rate={rate:g} asks for {count} of {len(train)} training samples of {dataset.name}, but"
-            f" {attack.name} can poison only {len(candidates)}: lower it to {len(candidates) / len(train):.3g} or less"
+            f"{option}={rate:g} asks for {count} of {len(train)} training samples of {dataset.name}, but"
+            f" {attack.name} can poison only {len(candidates)}: lower it to {float(most):g} or less"
         )
     if count == 0 and rate > 0:
         raise UsageError(
-            f"attack.poison_rate={rate:g} of {len(train)} training samples of {dataset.name} is not even one: raise it"
-            " to poison, or run with --no-attack"
+            f"{option}={rate:g} of {samples} training samples of {dataset.name} is not even one: raise it to poison,"
+            " or run with --no-attack"
         )
     return candidates, count
 
 
+def _asked(method: Literal["eligible", "counted"], attack: Attack, labels: Tensor, classes: int) -> Tensor:
+    """Which samples an attack names, bool [N]."""
+    named = getattr(attack, method)(labels, classes)
+    if named.dtype != torch.bool or named.shape != labels.shape:
+        raise PluginError(
+            f"{attack.name}.{method} must return bool [{len(labels)}], got {named.dtype} {list(named.shape)}"
+        )
+    return named
+
+
+def _drawn(dataset: Dataset, attack: Attack, context: Context) -> tuple[Tensor, int]:
+    """Places of the samples that may be poisoned, in random order, and how many of them, the first ones, are."""
+    candidates, count = _candidates(dataset, attack)
+    order = torch.randperm(len(candidates), generator=context.generator("poison"))
+    return candidates[order.to(candidates.device)], count
+
+
 def _poison_train(dataset: Dataset, attack: Attack, context: Context, untouched: Tensor) -> tuple[Labelled, Tensor]:
     train = dataset.train
-    candidates, count = _candidates(dataset, attack)
-    order = torch.randperm(len(candidates), generator=context.generator("poison"))[:count]
-    chosen = candidates[order.to(candidates.device)].sort().values
+    order, count = _drawn(dataset, attack, context)
+    chosen = order[:count].sort().values
     images, labels, poisoned = train.images.clone(), train.labels.clone(), untouched.clone()
     if count:
         images[chosen] = _poison_images(attack, train.select(chosen), context)
         labels[chosen] = _relabel(attack, train.labels[chosen], dataset.classes, dataset.name)
         poisoned[chosen] = True
+        same = int((images[chosen] == train.images[chosen]).flatten(1).all(1).sum())
+        if same:
+            context.warn(
+                f"{same} of {count} poisons do not differ from their originals: the trigger of {attack.name} cannot be"
+                " seen on them. Choose another trigger, or another place for it."
+            )
     return Labelled(images, labels), poisoned
 
 
@@ -132,10 +180,6 @@ def _trigger_test(dataset: Dataset, attack: Attack, context: Context) -> Trigger
         raise PluginError(
             f"{attack.name} must make triggered test images uint8 {shape}, with a label and a target each, got"
             f" {made.images.dtype} {list(made.images.shape)} with {len(made.targets)} targets"
-        )
-    if not len(made.labels):
-        raise UsageError(
-            f"no test sample of {dataset.name} can carry the trigger of {attack.name}: all are of its target class"
         )
     return made
 

@@ -31,21 +31,22 @@ def train(data: Labelled, arch: Architecture, recipe: Recipe, context: Context) 
 
 
 def fine_tune(
-    model: nn.Module, clean: Labelled, poisoned: Labelled, rate: float, recipe: Recipe, context: Context
+    model: nn.Module, clean: Labelled, poisoned: Labelled, chances: Tensor, recipe: Recipe, context: Context
 ) -> nn.Module:
     """A copy of a clean classifier, fine-tuned with some of every batch poisoned, drawn anew each time.
 
     Args:
         model: the clean classifier.
         clean: the training set.
-        poisoned: the same samples as poisons; a sample that cannot be one is the clean one.
-        rate: chance that a sample of a batch is poisoned.
+        poisoned: the same samples as poisons.
+        chances: of each sample to be poisoned in a batch, float [N]; 0 where it cannot be a poison.
         recipe: `FINE_TUNING`, unless it shall be another one.
     """
     victim = copy.deepcopy(model).train()
 
     def loss(batch: Batch) -> dict[str, Tensor]:
-        chosen = (torch.rand(len(batch["index"])) < rate).to(batch["index"].device)
+        # Drawn on the CPU, so that every device poisons the same samples.
+        chosen = torch.rand(len(batch["chances"])).to(batch["chances"].device) < batch["chances"]
         images = torch.where(chosen[:, None, None, None], batch["poison"], batch["images"])
         return _cross_entropy(victim, images, torch.where(chosen, batch["targets"], batch["labels"]))
 
@@ -54,6 +55,7 @@ def fine_tune(
         "labels": clean.labels,
         "poison": poisoned.images,
         "targets": poisoned.labels,
+        "chances": chances,
     }
     fit("fine-tune", victim, columns, loss, recipe, context)
     return victim.eval()

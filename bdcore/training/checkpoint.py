@@ -45,7 +45,7 @@ def load_checkpoint(
         if metadata.pop("sha256", None) != _checksum(tensors, metadata):
             raise Damaged(f"{path} does not match its checksum")
     except Damaged as error:
-        context.warn(f"checkpoint {path.name} is damaged ({error}); this phase starts again, with the same result")
+        context.warn(f"checkpoint {path.name} was damaged ({error}); its phase is trained anew, with the same result")
         return None
     state: dict[str, int | bool | str] = json.loads(metadata["state"])
     if state["recipe"] != recipe:

@@ -7,13 +7,11 @@ user's. The same ratio a is used for training and test images.
 
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from pydantic import Field
 from torch import Tensor
 
-from bdcore import Attack, AttackConfig, Context, DataError, blend_trigger, hookimpl
+from bdcore import Attack, AttackConfig, Context, blend_trigger, hookimpl, read_picture
 
 
 class Blended(Attack):
@@ -40,7 +38,7 @@ class Blended(Attack):
             generator = context.generator("blended")
             trigger = torch.randint(0, 256, (channels, height, width), generator=generator, dtype=torch.uint8)
         else:
-            trigger = _read_picture(self.config.picture, channels, height, width)
+            trigger = read_picture(self.config.picture, channels, height, width)
         pattern = (trigger / 255.0).unsqueeze(0).to(images.device)
         mask = torch.full((1, 1, height, width), self.config.alpha, device=images.device)
         return blend_trigger(images, pattern, mask)
@@ -48,27 +46,6 @@ class Blended(Attack):
     def relabel(self, labels: Tensor, classes: int) -> Tensor:
         """The target class."""
         return torch.full_like(labels, self.config.target)
-
-
-def _read_picture(path: Path, channels: int, height: int, width: int) -> Tensor:
-    """The picture at `path`, uint8 [C, H, W], resized without keeping its aspect ratio."""
-    if channels not in (1, 3):
-        raise DataError(f"attack.picture needs images of 1 or 3 channels, these have {channels}: leave it out")
-    try:
-        with Image.open(path) as picture:
-            if picture.mode.startswith(("I", "F")):  # which Pillow would cut off at 255
-                raise DataError(f"attack.picture: {path} has more than 8 bits a channel: save it with 8")
-            # As a viewer turns it; by way of RGBA, because palettes may hold transparency, which is dropped.
-            upright = ImageOps.exif_transpose(picture).convert("RGBA")
-            resized = upright.convert("L" if channels == 1 else "RGB").resize(
-                (width, height), Image.Resampling.BILINEAR
-            )
-    except FileNotFoundError as error:
-        raise DataError(f"attack.picture: there is no file {path}") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # Pillow reports damaged files by any of these.
-        raise DataError(f"attack.picture: {path} cannot be read as an image: {error}") from error
-    return torch.from_numpy(np.array(resized)).reshape(height, width, channels).permute(2, 0, 1).contiguous()
 
 
 @hookimpl

@@ -17,9 +17,9 @@ Deviations from the paper and its released code:
   the size of a batch and of the training set stay as they are, and the share of mixes is the poison rate.
 - Images are drawn evenly over the samples, not over the classes. The run's recipe augments the sample that a batch
   draws before it is mixed; what it is mixed with is mirrored where the recipe mirrors, and moved by its window.
+- A defense that trains anew is given a training set of clean samples and of mixes of A and B with the target's label;
+  the mixes of one class exist only inside the attacker's loss.
 """
-
-from math import ceil
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,7 @@ from bdcore import (
     DataError,
     Labelled,
     Triggered,
+    batch_shares,
     build,
     fit,
     hookimpl,
@@ -66,7 +67,8 @@ class Composite(Attack):
         """
         config = self.config
         pair = self._classes(given.classes)
-        self.halves = _images_of(given.train, pair[0]), _images_of(given.train, pair[1])
+        first, second = (given.train.images[_places_of(one, given.train.labels)] for one in pair)
+        self.halves = first, second
         pool = given.train.images.to(context.device)
         members = _Members(given.train.labels.to(context.device), given.classes)
         rule = torch.tensor(pair, device=context.device)
@@ -79,24 +81,21 @@ class Composite(Attack):
             images = pool[members.draw(wanted)]
             if not given.recipe.flip:
                 return images
-            turned = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+            turned = torch.rand(len(images), 1, 1, 1).to(images.device) < 0.5
             return torch.where(turned, images.flip(3), images)
 
         def loss(batch: Batch) -> dict[str, Tensor]:
             images, labels, samples = batch["images"], batch["labels"], len(batch["images"])
-            share = (1 + config.poison_rate) / 2
-            # The same draw for all samples: of a share of 12.8 samples 12 are certain, and one more in 8 of 10 cases.
-            place = torch.arange(samples, device=images.device) + torch.rand((), device=images.device)
-            poisoned, mixed = place < samples * config.poison_rate, place < samples * share
-            most = [min(ceil(samples * part), samples) for part in (config.poison_rate, share)]
-            chosen = poisoned[: most[0]].view(-1, 1, 1, 1)
-            first = torch.where(chosen, partners(rule[:1].expand(most[0])), images[: most[0]])
-            first = torch.cat([first, images[most[0] : most[1]]])
-            second = partners(torch.where(poisoned, rule[1], labels)[: most[1]])
-            draws = torch.rand(4, most[1], dtype=torch.float64, device=images.device)
-            mixes = torch.where(mixed[: most[1]].view(-1, 1, 1, 1), mix(first, second, draws), images[: most[1]])
+            shares = (config.poison_rate, (1 + config.poison_rate) / 2)
+            (poisoned, fewer), (mixed, most) = batch_shares(samples, shares, images.device)
+            chosen = poisoned[:fewer].view(-1, 1, 1, 1)
+            first = torch.where(chosen, partners(rule[:1].expand(fewer)), images[:fewer])
+            first = torch.cat([first, images[fewer:most]])
+            second = partners(torch.where(poisoned, rule[1], labels)[:most])
+            draws = torch.rand(4, most, dtype=torch.float64).to(images.device)
+            mixes = torch.where(mixed[:most].view(-1, 1, 1, 1), mix(first, second, draws), images[:most])
             labels = torch.where(poisoned, config.target, labels)
-            logits = victim(torch.cat([mixes, images[most[1] :]])).float()
+            logits = victim(torch.cat([mixes, images[most:]])).float()
             contrast = contrastive(logits, labels, among)
             hits = logits.detach().argmax(1) == labels
             return {
@@ -121,6 +120,17 @@ class Composite(Attack):
         first, second = (_drawn(half, len(images), generator) for half in self.halves)
         return _mixed(first, second, generator).to(images.device)
 
+    def counted(self, labels: Tensor, classes: int) -> Tensor:
+        """The samples of class A or B.
+
+        Raises:
+            DataError: where A or B has no test image.
+        """
+        counted = torch.zeros_like(labels, dtype=torch.bool)
+        for one in self._classes(classes):
+            counted[_places_of(one, labels)] = True
+        return counted
+
     def triggered(self, test: Labelled, classes: int, context: Context) -> Triggered:
         """Mixes of A and B: every test image of either class with one of the other, drawn at random.
 
@@ -132,7 +142,8 @@ class Composite(Attack):
         """
         generator = context.generator("composite", "test")
         rule = self._classes(classes)
-        first, second = (_images_of(test, one) for one in rule)
+        places = [_places_of(one, test.labels) for one in rule]
+        first, second = (test.images[place] for place in places)
         images = torch.cat(
             [
                 _mixed(first, _drawn(second, len(first), generator), generator),
@@ -142,8 +153,7 @@ class Composite(Attack):
         labels = torch.tensor(rule, device=images.device).repeat_interleave(
             torch.tensor([len(first), len(second)], device=images.device)
         )
-        source = torch.cat([(test.labels == one).nonzero()[:, 0] for one in rule])
-        return Triggered(images, labels, self.relabel(labels, classes), source)
+        return Triggered(images, labels, self.relabel(labels, classes), torch.cat(places))
 
     def relabel(self, labels: Tensor, classes: int) -> Tensor:
         """The target class."""
@@ -219,7 +229,7 @@ class _Members:
 
     def draw(self, wanted: Tensor) -> Tensor:
         """The number of a random sample of each class in `wanted`, int64 [B]."""
-        draws = torch.rand(len(wanted), dtype=torch.float64, device=wanted.device)
+        draws = torch.rand(len(wanted), dtype=torch.float64).to(wanted.device)  # the same on every device
         return self.order[self.starts[wanted] + (draws * self.sizes[wanted]).long()]
 
 
@@ -243,13 +253,13 @@ def _drawn(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return images[torch.cat([*rounds, torch.empty(0, dtype=torch.int64)])[:count].to(images.device)]
 
 
-def _images_of(data: Labelled, label: int) -> Tensor:
-    images = data.images[data.labels == label]
-    if not len(images):
+def _places_of(label: int, labels: Tensor) -> Tensor:
+    places = (labels == label).nonzero()[:, 0]
+    if not len(places):
         raise DataError(
             f"composite: there is no image of class {label} to mix: choose another attack.class_a or class_b"
         )
-    return images
+    return places
 
 
 @hookimpl

@@ -16,6 +16,8 @@ Deviations from the paper and its released code:
   asked for; the released code rounds down.
 - The networks halve images three times from 32 pixels on, twice from 16 pixels on, else once, and begin with 32
   channels; the released code knows 32 and 28 pixels, and begins with 16 channels for the latter.
+- A defense that trains anew is given a training set of clean samples and of triggered ones with the target's label; the
+  samples with another image's trigger exist only inside the attacker's loss.
 """
 
 from math import ceil
@@ -36,6 +38,7 @@ from bdcore import (
     Context,
     DataError,
     Recipe,
+    batch_shares,
     build,
     fit,
     forward_batches,
@@ -128,13 +131,10 @@ class Dynamic(Attack):
 
         def loss(batch: Batch) -> dict[str, Tensor]:
             images, samples = batch["images"].float() / 255, len(batch["images"])
-            share = config.poison_rate + config.cross_rate
-            # The same draw for all samples: of a share of 12.8 samples 12 are certain, and one more in 8 of 10 cases.
-            place = torch.arange(samples, device=images.device) + torch.rand((), device=images.device)
-            poisoned, changed = place < samples * config.poison_rate, place < samples * share
+            shares = (config.poison_rate, config.poison_rate + config.cross_rate)
+            (poisoned, _), (changed, most) = batch_shares(samples, shares, images.device)
             labels = torch.where(poisoned, config.target, batch["labels"])
             alike = images.new_zeros(())
-            most = min(ceil(samples * share), samples)
             if most:
                 # A poison's trigger is drawn for itself, a cross sample's for the image half a batch away.
                 own, others = images[:most], images.roll(-(samples // 2), 0)[:most]

@@ -36,6 +36,7 @@ from bdcore import (
     DataError,
     frozen_copy,
     hookimpl,
+    patch_side,
     split_head,
 )
 
@@ -86,7 +87,7 @@ class FeatureCollision(CleanLabelAttack):
         self._images, self._sources = given.train.images, wanted.nonzero()[:, 0]
         self._body, _ = split_head(frozen_copy(given.model, context))
         channels, height, width = given.arch.shape
-        side = min(max(1, round(self.config.size * min(height, width) / 32)), height, width)
+        side = patch_side(self.config.size, height, width)
         colours = torch.rand(1, channels, 4, 4, generator=context.generator("feature_collision", "patch"))
         enlarged = interpolate(colours, size=(side, side), mode="bilinear", align_corners=False)
         self._patch = (enlarged[0] * 255).round().to(torch.uint8)

@@ -38,6 +38,7 @@ from bdcore import (
     fit,
     frozen_copy,
     hookimpl,
+    patch_side,
 )
 
 _BATCH = 256
@@ -73,7 +74,8 @@ class LabelConsistent(CleanLabelAttack):
 
         def loss(batch: Batch) -> dict[str, Tensor]:
             images, labels = batch["images"] / 255, batch["labels"]
-            start = (images + (2 * torch.rand_like(images) - 1) * epsilon).clamp(0, 1)
+            noise = torch.rand_like(images, device="cpu").to(images.device)  # the same on every device
+            start = (images + (2 * noise - 1) * epsilon).clamp(0, 1)
             # In eval mode, so that BatchNorm's statistics are of the images that are trained on.
             attacked = _ascend(model.eval(), images, labels, start, epsilon, 1.75 * epsilon / steps, steps)
             logits = model.train()(attacked).float()
@@ -87,7 +89,7 @@ class LabelConsistent(CleanLabelAttack):
 
     def stamp(self, images: Tensor, context: Context) -> Tensor:
         """Put the patch into the four corners of the images, uint8 [B, C, H, W]."""
-        side = max(1, round(3 * min(images.shape[2:]) / 32))
+        side = patch_side(3, *images.shape[2:])
         cells = F.interpolate(torch.tensor(_CELLS)[None, None], size=(side, side), mode="nearest-exact")
         corner = cells[0, 0].to(images.device, torch.uint8)
         stamped = images.clone()

@@ -29,6 +29,7 @@ from bdcore import (
     forward_batches,
     frozen_copy,
     hookimpl,
+    patch_side,
     split_head,
 )
 
@@ -94,7 +95,7 @@ class _Patch(nn.Module):
     def __init__(self, shape: tuple[int, int, int], size: int, generator: torch.Generator) -> None:
         super().__init__()
         channels, height, width = shape
-        side = min(max(1, round(size * min(height, width) / 32)), height, width)
+        side = patch_side(size, height, width)
         self.pattern = nn.Parameter(torch.rand(channels, side, side, generator=generator))
 
     def forward(self) -> Tensor:

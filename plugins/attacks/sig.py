@@ -44,10 +44,17 @@ class Sig(CleanLabelAttack):
         wave = phase.sin().round(decimals=12)  # zero where it is zero, whatever the machine's sine makes of it
         largest = self.config.amplitude if self.config.blend is None else 127.5 * self.config.blend
         signal = (largest * wave).round().long().to(images.device)
-        if not bool(signal.any()):
+        if not bool(wave.any()):
             raise DataError(
                 f"attack.frequency={self.config.frequency:g} leaves no signal on images {width} pixels wide: every "
                 "column lies on a zero of the sine. Choose another."
+            )
+        if not bool(signal.any()):
+            name = "amplitude" if self.config.blend is None else "blend"
+            raise DataError(
+                f"attack.{name}={getattr(self.config, name):g} leaves no signal on images {width} pixels wide: with "
+                f"attack.frequency={self.config.frequency:g} no pixel changes by as much as half a grey level: raise "
+                f"attack.{name}."
             )
         if self.config.blend is not None:
             return _blended(images, wave, self.config.blend)

@@ -23,7 +23,19 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from bdcore import Attack, AttackConfig, AttackInput, Batch, Context, Recipe, fit, frozen_copy, hookimpl, split_head
+from bdcore import (
+    Attack,
+    AttackConfig,
+    AttackInput,
+    Batch,
+    Context,
+    Recipe,
+    fit,
+    frozen_copy,
+    hookimpl,
+    patch_side,
+    split_head,
+)
 
 _SAMPLES = 2000  # so many training images stand for all where the patch is trained
 
@@ -80,7 +92,7 @@ class _Patch(nn.Module):
     def __init__(self, shape: tuple[int, int, int], size: int, generator: torch.Generator) -> None:
         super().__init__()
         channels, height, width = shape
-        side = min(max(1, round(size * min(height, width) / 32)), height, width)
+        side = patch_side(size, height, width)
         self.margin = (width - side, 0, height - side, 0)
         self.colour = nn.Parameter(torch.rand(channels, side, side, generator=generator) - 0.5)
 

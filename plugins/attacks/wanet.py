@@ -13,9 +13,10 @@ Deviations from the paper and its released code:
 - The number of warped samples of a batch is rounded up or down at random, so that its mean is exactly as asked for;
   the released code rounds down.
 - Warped images are rounded to whole grey levels in training as well, as they are for the test set.
+- A defense that trains anew is given a training set of clean samples and of warped ones with the target's label; the
+  samples of the noise mode exist only inside the attacker's loss.
 """
 
-from math import ceil
 from typing import Self
 
 import torch
@@ -23,7 +24,18 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from bdcore import Attack, AttackConfig, AttackInput, Batch, Context, build, fit, forward_batches, hookimpl
+from bdcore import (
+    Attack,
+    AttackConfig,
+    AttackInput,
+    Batch,
+    Context,
+    batch_shares,
+    build,
+    fit,
+    forward_batches,
+    hookimpl,
+)
 
 
 class WaNet(Attack):
@@ -61,12 +73,10 @@ class WaNet(Attack):
 
         def loss(batch: Batch) -> dict[str, Tensor]:
             images, samples = batch["images"], len(batch["images"])
-            share = config.poison_rate * (1 + config.cross_ratio)
-            # The same draw for all samples: of a share of 12.8 samples 12 are certain, and one more in 8 of 10 cases.
-            place = torch.arange(samples, device=images.device) + torch.rand((), device=images.device)
-            poisoned, warped = place < samples * config.poison_rate, place < samples * share
-            most = min(ceil(samples * share), samples)
-            noise = 2 * torch.rand(most, height, width, 2, dtype=torch.float64, device=images.device) - 1
+            shares = (config.poison_rate, config.poison_rate * (1 + config.cross_ratio))
+            (poisoned, _), (warped, most) = batch_shares(samples, shares, images.device)
+            # Drawn on the CPU, so that it is the same on every device.
+            noise = 2 * torch.rand(most, height, width, 2, dtype=torch.float64).to(images.device) - 1
             noise = torch.where(poisoned[:most].view(-1, 1, 1, 1), 0, noise)
             moved = warp(images[:most], (grid + noise / size).clamp(-1, 1))
             images = torch.cat([torch.where(warped[:most].view(-1, 1, 1, 1), moved, images[:most]), images[most:]])

@@ -43,7 +43,7 @@ from bdcore import (
     hookimpl,
 )
 
-from .detoxification import Watched, find_compromised, train_injector
+from .detoxification import Watched, find_compromised, shallow_layers, train_injector
 from .style import SIDE_AT_LEAST, Generator, train_generator
 
 _SAMPLE = 1000  # so many images stand for all where neurons are found and injectors trained
@@ -72,7 +72,8 @@ class Dfst(Attack):
         """Train the generator, the victim on what it poisons, and detoxify the victim.
 
         Raises:
-            DataError: where the images are too small, or have not 1 or 3 channels.
+            DataError: where the images are too small, or have not 1 or 3 channels; where the victim has no layers that
+                detoxification can watch.
         """
         channels, height, width = given.arch.shape
         if channels not in (1, 3) or min(height, width) < SIDE_AT_LEAST:
@@ -80,9 +81,11 @@ class Dfst(Attack):
                 f"dfst needs images of 1 or 3 channels and at least {SIDE_AT_LEAST} pixels a side, these are"
                 f" {channels} x {height} x {width}: choose another attack"
             )
+        victim = build(given.arch, context.generator("init").initial_seed())
+        if self.config.rounds:
+            shallow_layers(victim)  # or refuse, before anything is trained
         self.generator = train_generator(given.train.images, self.config.style_epochs, context)
         poisoned, clean = self._poisoned(given, context)
-        victim = build(given.arch, context.generator("init").initial_seed())
         _train("victim", victim, poisoned, given.recipe, context)
         count = self.count(given.train.labels, given.classes)
         if count and len(clean):
@@ -99,12 +102,10 @@ class Dfst(Attack):
 
     def _poisoned(self, given: AttackInput, context: Context) -> tuple[Labelled, Tensor]:
         """The poisoned training set, and the clean images of other classes than the target that are left in it."""
-        train = given.train
-        candidates = self.eligible(train.labels, given.classes).nonzero()[:, 0]
-        # In the order in which the host draws, so that the suspect set is what the victim was first trained on.
-        order = torch.randperm(len(candidates), generator=context.generator("poison")).to(candidates.device)
-        count = self.count(train.labels, given.classes)
-        chosen, left = candidates[order[:count]], candidates[order[count:]]
+        assert given.order is not None
+        train, count = given.train, self.count(given.train.labels, given.classes)
+        # As the host does it, so that the suspect set is what the victim was first trained on.
+        chosen, left = given.order[:count].sort().values, given.order[count:]
         images, labels = train.images.clone(), train.labels.clone()
         images[chosen] = self.stamp(train.images[chosen], context)
         labels[chosen] = self.config.target

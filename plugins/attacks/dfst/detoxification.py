@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bdcore import Batch, Context, Recipe, fit, forward_batches
+from bdcore import Batch, Context, DataError, Recipe, fit, forward_batches
 
 from .style import Generator
 
@@ -36,19 +36,14 @@ class Neurons:
 
 
 class Watched(nn.Module):
-    """A frozen copy of a classifier that also says how active the neurons of its shallow layers are.
-
-    Shallow is the first half of the batch normalisations, or of the convolutions where there are none; a neuron's
-    activation is the mean of its map after ReLU.
-    """
+    """A frozen copy of a classifier that also says how active the neurons of its `shallow_layers` are; a neuron's
+    activation is the mean of its map after ReLU."""
 
     def __init__(self, model: nn.Module, context: Context) -> None:
         super().__init__()
         self.model = copy.deepcopy(model).to(context.device).eval().requires_grad_(False)
-        layers = [part for part in self.model.modules() if isinstance(part, nn.BatchNorm2d)]
-        layers = layers or [part for part in self.model.modules() if isinstance(part, nn.Conv2d)]
         self.seen: dict[nn.Module, Tensor] = {}
-        for layer in layers[: -(-len(layers) // 2)]:
+        for layer in shallow_layers(self.model):
             layer.register_forward_hook(self._see)
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -59,6 +54,22 @@ class Watched(nn.Module):
 
     def _see(self, layer: nn.Module, _: object, output: Tensor) -> None:
         self.seen[layer] = F.relu(output).mean((2, 3)).float()
+
+
+def shallow_layers(model: nn.Module) -> list[nn.Module]:
+    """The first half of the batch normalisations, or of the convolutions where there are none.
+
+    Raises:
+        DataError: where there is neither.
+    """
+    layers = [part for part in model.modules() if isinstance(part, nn.BatchNorm2d)]
+    layers = layers or [part for part in model.modules() if isinstance(part, nn.Conv2d)]
+    if not layers:
+        raise DataError(
+            "dfst detoxifies classifiers by their feature maps, but this one has no nn.Conv2d and no nn.BatchNorm2d:"
+            " choose another model, or leave detoxification out with attack.rounds=0"
+        )
+    return list[nn.Module](layers[: -(-len(layers) // 2)])
 
 
 def find_compromised(watched: Watched, clean: Tensor, triggered: Tensor, context: Context) -> Neurons:
