@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bdcore import Recipe, fit
 from bdcore.context import Context, Progress
 from bdcore.models import Classifier, metered
+from bdcore.ops import isolation_loss
 from bdcore.training import loop
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -96,3 +97,16 @@ def test_an_interrupted_one_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.
     assert (found, counted) == (figures[3:], images)
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+@needs_gpu
+def test_references_of_operators_read_values_back_and_are_not_recorded(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("BDCORE_OPS", "reference")
+    model, data = network(), columns()
+    context = Context(device=torch.device("cuda"))
+
+    def loss(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"loss": isolation_loss(model(batch["images"]).float(), batch["labels"], 0.5).mean()}
+
+    fit("t", model, data, loss, Recipe(epochs=5, batch_size=8, lr=0.01), context, capturable=True)
+    assert all(torch.isfinite(value).all() for value in model.state_dict().values())

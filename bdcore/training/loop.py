@@ -15,6 +15,7 @@ from bdcore.context import Context, Progress, derive_seed
 from bdcore.errors import BdcoreError
 from bdcore.machine import keep_freed_memory
 from bdcore.models import Classifier
+from bdcore.ops.registration import implementation
 from bdcore.training.batches import Batch, epoch_batches, steps_per_epoch
 from bdcore.training.capture import CapturedStep
 from bdcore.training.checkpoint import load_checkpoint, save_checkpoint
@@ -91,7 +92,8 @@ def fit(
     first, ended = (int(state["epochs"]), bool(state["ended"])) if state else (0, False)
     steps = steps_per_epoch(samples, recipe)
     update = partial(_step, loss=loss, optimizers=optimizers, context=context)
-    if capturable and device.type == "cuda":
+    # Operators without kernels run as PyTorch references, which read values back to check them: no graph can hold that.
+    if capturable and device.type == "cuda" and implementation("cuda") == "native":
         update = CapturedStep(update, optimizers, context)
     started, saved = perf_counter(), perf_counter()
 
