@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import re
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -68,7 +69,8 @@ def described(around: Mapping[str, Any]) -> list[str]:
     """What `surroundings` found, as lines of Markdown."""
     machine, versions = around["machine"], around["versions"]
     where = f"{machine['processor']}, {machine['threads']} threads, {', '.join(machine['devices'])}. "
-    where += ", ".join(f"{package} {number}" for package, number in versions.items()) + "."
+    where += ", ".join(f"{package} {number}" for package, number in versions.items())
+    where += f", commit {around['commit']}." if around.get("commit") else "."
     return [f"{around['date']}, `{around['command']}`", "", where]
 
 
@@ -101,12 +103,13 @@ def show(values: Sequence[float | None], scale: float = 100) -> str:
 
 
 def surroundings() -> dict[str, Any]:
-    """Date, command, machine and versions; of files in the command their names alone."""
+    """Date, command, commit, machine and versions; of files in the command their names alone."""
     words = [re.sub(rf"[^:]*{os.sep}", "", word) for word in sys.argv[1:]]
     cuda = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "command": " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *words]),
+        "commit": _commit(),
         "machine": {
             "processor": processor_name(),
             "cores": os.cpu_count(),
@@ -123,3 +126,18 @@ def surroundings() -> dict[str, Any]:
 
 if __name__ == "__main__":
     main()
+
+
+def _commit() -> str | None:
+    """The commit that these sources are of, with a plus where they differ from it; None where there is no history."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--exclude=*", "--dirty=+"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()

@@ -238,6 +238,12 @@ ATTACKED = {"clean_accuracy": 0.989, "asr": 1.0, "ra": 0.0, "target_class_accura
         ),
         (record_of(ATTACKED, clean_accuracy=0.989, asr=0.97), "did not remove the backdoor", "damaged"),
         (record_of(ATTACKED, clean_accuracy=0.11, asr=0.0), "mine damaged the classifier", "did not remove"),
+        # What was published of ABL against Blended: an ASR that looks like a success.
+        (
+            record_of({**ATTACKED, "clean_accuracy": 0.9347, "asr": 0.9992}, clean_accuracy=0.7656, asr=0.0048),
+            "mine damaged the classifier",
+            "did not remove",
+        ),
         (record_of({**ATTACKED, "asr": 0.2}, clean_accuracy=0.989, asr=0.2), "did not take hold", "did not remove"),
         (
             record_of({"clean_accuracy": 0.9}, clean_accuracy=0.91),

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
+from bdcore.config import resolve
 from bdcore.plugins import Host
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Lab(Defense):
             file.write("NAME\\n")
         while hold.exists() and log.read_text().count("NAME") == 2:
             time.sleep(0.05)
+        context.warn("NAME has its doubts.")
         if "NAME" == "broken":
             raise DefenseError("no honest answer today.")
         if "NAME" == "dead":
@@ -180,6 +182,7 @@ def test_killed_and_repeated(
     assert "## Not run" not in page
     assert "target found 1 of 1" in page
     assert "false target 1 of 1" in page
+    assert "- badnets, noted, seed 0: defend noted: noted has its doubts.\n" in page.partition("## Warnings")[2]
     assert "| 0 of 1, 1 failed |" in page
     assert len(laboratory.content()["commands"]) == 2, "each cell keeps the command that measured it"
 
@@ -274,7 +277,7 @@ def reproduce(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (("abl", "--seeds", "zero"), "'zero' must be numbers"),
         (("abl", "--jobs", "0"), "--jobs 0: must be at least 1"),
         (("abl", "--deadline", "-1"), "--deadline -1.0: must be at least 0"),
-        (("mcldef", "--defenses", "finetune", "--dataset", "mnist"), "unknown plugin 'mnist'"),
+        (("mcldef", "--defenses", "finetune", "--dataset", "mnist"), "unknown data set 'mnist'"),
         (("mcldef", "--defenses", "finetune", "--dataset", "digits"), "unknown option of dataset 'limit'"),
         (("mcldef", "--defenses", "finetune", "--dataset", "npz:absent.npz"), "there is no file absent.npz"),
     ],
@@ -355,6 +358,20 @@ defenses = [
     assert found["small", "other"] == found["small", "none"] == {"train.epochs": 1}
     assert found["full", "as_given"] == {"train.epochs": 9, "p.w": 0}
     assert found["full", "own"] == {"train.epochs": 9}
+
+
+@pytest.mark.parametrize("budget", ["small", "medium", "full"])
+def test_the_control_of_mesa_is_its_removal_but_for_the_triggers(tables: ModuleType, budget: str):
+    found: dict[str, dict[str, Any]] = {}
+    for cell in tables.load("mesa", budget, everything=True).cells([0], "cifar10"):
+        if cell.column in ("mesa", "mesa_baseline", "finetune"):
+            config = resolve(Host(), plugins=cell.plugins, dataset="npz:cifar10.npz", settings=cell.texts())
+            found[cell.column] = config.defenses[0].config.model_dump()
+    control = found.pop("finetune")
+    assert (control["weight_decay"], control["crop"], control["flip"]) == (0, 0, False), "MESA has none of these"
+    for removal in found.values():
+        for option in ("epochs", "lr", "schedule", "batch_size", "min_steps"):
+            assert removal[option] == control[option], option
 
 
 def test_every_published_figure_belongs_to_a_row(tables: ModuleType):

@@ -13,7 +13,7 @@ from scipy.stats import t as student
 
 ROOT = Path(__file__).parents[1]
 
-PLAIN = {"target_class_accuracy": 0.5, "ra": 0.1, "peak_memory_bytes": 2**30}
+PLAIN = {"target_class_accuracy": 0.5, "ra": 0.1, "images": 300_000, "peak_memory_bytes": 2**30}
 
 
 def outcome(accuracy: float, asr: float | None, nine: float | None, **more: Any) -> dict[str, Any]:
@@ -100,6 +100,7 @@ def test_means_spread_and_differences(render: Any):
     further = sections["Further figures"]
     assert further[1]["BA change"] == interval([a - b for a, b in zip(after, ba, strict=True)])
     assert further[1]["DER"] == interval(rating)
+    assert further[1]["images"] == "300"
     assert further[0]["BA, other classes"] == interval(nine)
     assert abl["isolation precision"] == interval(pure)
     assert abl["seeds"] == "3"

@@ -6,8 +6,8 @@ from typing import Any
 # The part of a record that is read here; its figures are fractions of 1, None where there is nothing to measure.
 Figures = Mapping[str, Any]
 
-_DAMAGED = 0.2
-"""Share of the victim's accuracy whose loss says that the classifier is damaged."""
+COLLAPSE = 10.0
+"""Points of accuracy whose loss is a failure of a defense, whatever is left of the attack."""
 _STILL_THERE = 0.5
 """Share of the victim's attack success that says, where it remains, that the backdoor is still there."""
 _TOOK_HOLD = 0.5
@@ -30,7 +30,7 @@ def sentences(record: Figures) -> Iterator[str]:
         change = points(after, before)
         told = f"{abs(change):.1f} points {'lost' if change < 0 else 'gained'}" if change else "no change"
         yield f"{name}: {attack}, accuracy {percent(before)}% -> {percent(after)}% ({told})."
-        if after < (1 - _DAMAGED) * before:
+        if change < -COLLAPSE:
             yield f"warning: {name} damaged the classifier; a low attack success of such a one is no merit."
         if asr is not None and asr >= _TOOK_HOLD and defense["asr"] >= _STILL_THERE * asr:
             yield f"warning: {name} did not remove the backdoor."

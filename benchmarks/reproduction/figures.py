@@ -7,13 +7,12 @@ and 95% interval of the mean. Cells that failed or were not run add nothing to a
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bdcore.analysis.summary import COLLAPSE
 from benchmarks.report import spread
 from benchmarks.reproduction.tables import BEFORE, Case, Column, Published, Table
 
 HOLDS = 90.0
 """ASR in percent from which an attack has taken hold, unless less was published for it."""
-COLLAPSE = 10.0
-"""Points of accuracy whose loss is a failure of a defense, whatever is left of the attack."""
 
 _ACCURACIES = {"ba": "clean_accuracy", "nine": "nontarget_accuracy", "target": "target_class_accuracy"}
 
@@ -113,6 +112,7 @@ def _row(case: Case, column: Column, found: Found, seeds: Sequence[int], beside:
         "ra": _figure(done, "ra"),
         "der": _spread([_percent(_part(result).get("der")) for result in done]),
         "seconds": _spread([_part(result)["seconds"] for result in done]),
+        "images": _spread([_part(result)["images"] for result in done]),
         "peak_memory_bytes": _spread([_part(result)["peak_memory_bytes"] for result in done]),
         "poison": done[0]["poison"] if done else None,
         "isolation_precision": _spread([_isolation(result) for result in done]),

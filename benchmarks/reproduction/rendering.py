@@ -4,8 +4,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bdcore.analysis.summary import COLLAPSE
 from benchmarks.report import described, markdown
-from benchmarks.reproduction.figures import COLLAPSE, HOLDS, Row
+from benchmarks.reproduction.figures import HOLDS, Row
 from benchmarks.reproduction.tables import Table
 
 NAMES = {"cifar10": "CIFAR-10"}
@@ -48,7 +49,7 @@ def page(
     }
     for heading, rows in sections.items():
         lines += ["", f"## {heading}", "", *markdown(_told(rows))] if rows else []
-    lists = {**absent, "Notes": [*_notes(table, made, over), *_remarks(found, other)]}
+    lists = {"Warnings": _warnings(found), **absent, "Notes": [*_notes(table, made, over), *_remarks(found, other)]}
     for heading, listed in lists.items():
         lines += ["", f"## {heading}", "", *(f"- {line}" for line in listed)] if listed else []
     return "\n".join(lines) + "\n"
@@ -112,6 +113,7 @@ def _further(row: Row) -> Text:
         "BA, target class": _spread(row["target"]),
         "RA": _spread(row["ra"]),
         "DER": _spread(row["der"]),
+        "images": f"{row['images']['mean'] / 1000:,.0f}",
         "peak memory, GiB": f"{memory:.2f}",
     }
 
@@ -144,7 +146,8 @@ def _notes(table: Table, made: Sequence[Row], over: Sequence[Row]) -> list[str]:
         "Differences are ours minus published.",
         "BA change: against the undefended victim of the same seed. RA: triggered images given their true class. DER: "
         "defense effectiveness rating. Verdict: targets found, or on clean models false targets. Isolation precision: "
-        "share of the isolated samples that are poisoned. Peak memory: of the device, on a CPU of the whole process.",
+        "share of the isolated samples that are poisoned. Images: thousands through the network. Peak memory: of the "
+        "device, on a CPU of the whole process.",
         "Seconds: of the defense, for undefended rows of the victim's training.",
         f"† the attack did not take hold: undefended ASR below {HOLDS:.0f}% and below its published figure. "
         f"‡ accuracy collapsed: more than {COLLAPSE:.0f} points lost, whatever is left of the attack.",
@@ -181,6 +184,15 @@ def _remarks(found: Mapping[Any, Mapping[str, Any]], other: int) -> list[str]:
     if other:
         remarks.append(f"{other} of the {len(found)} cells were measured by other sources than those that wrote this.")
     return remarks
+
+
+def _warnings(found: Mapping[Any, Mapping[str, Any]]) -> list[str]:
+    """What the cells' runs warned of."""
+    return [
+        f"{case}, {column}, seed {seed}: {message}"
+        for (case, column, seed), result in found.items()
+        for message in result["warnings"]
+    ]
 
 
 def _defense(title: str, row: Row | None) -> str:

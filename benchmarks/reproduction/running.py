@@ -16,11 +16,10 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, cast
 
-import bdcore
+from bdcore import staging
 from bdcore.config import RunConfig, resolve
 from bdcore.contract import Attack, DatasetPlugin
 from bdcore.errors import BdcoreError, UsageError
-from bdcore.hookspecs import hookimpl
 from bdcore.pipeline import run
 from bdcore.plugins import Host
 from bdcore.store import digest
@@ -117,14 +116,14 @@ def measure(cell: Cell, machine: Machine) -> Result:
         in all, what the cache answered included as it is.
     """
     began = time.perf_counter()
-    host, listener = Host(), _Warnings()
-    host.observe(listener)
-    result: Result = {}
+    host = Host()
+    result: Result = {"warnings": []}
     try:
         record = run(_resolve(cell, host, machine), host)
         result["state"] = "done"
         result |= {part: record[part] for part in ("victim", "poison", "device")}
         result["fingerprint"] = record["dataset"]["fingerprint"]
+        result["warnings"] = [f"{stage}: {text}" for stage, texts in record["warnings"].items() for text in texts]
         if record["defenses"]:
             result["defense"] = record["defenses"][0]
             result["oracle"] = record["plugins"][-1]["oracle"]
@@ -132,7 +131,7 @@ def measure(cell: Cell, machine: Machine) -> Result:
         result |= {"state": "failed", "error": str(error)}
     except Exception as error:  # one cell must not end the others; what went wrong stands in its row
         result |= {"state": "failed", "error": f"{type(error).__name__}: {error}"}
-    return {**result, "warnings": listener.messages, "wall_seconds": round(time.perf_counter() - began, 2)}
+    return {**result, "wall_seconds": round(time.perf_counter() - began, 2)}
 
 
 def run_all(
@@ -278,18 +277,6 @@ def _work(pipe: Connection, machine: Machine) -> None:
             torch.cuda.empty_cache()  # the others share the device
 
 
-class _Warnings:
-    """An observer that keeps what a run warns of."""
-
-    def __init__(self) -> None:
-        self.messages: list[str] = []
-
-    @hookimpl
-    def bdcore_warning(self, message: str) -> None:
-        """Keep the message."""
-        self.messages.append(message)
-
-
 def _resolve(cell: Cell, host: Host, machine: Machine) -> RunConfig:
     return resolve(
         host,
@@ -303,14 +290,12 @@ def _resolve(cell: Cell, host: Host, machine: Machine) -> RunConfig:
 
 
 def _code(config: RunConfig) -> str:
-    """SHA-256 over the sources that a cell's figures depend on: bdcore's, and those of its plugins."""
-    root = Path(bdcore.__file__).parent
-    files = [root / f"{name}.py" for name in ("artifacts", "context", "contract", "pipeline")]
-    for part in ("models", "ops", "stages", "training"):
-        files += sorted((root / part).rglob("*.py"))
+    """SHA-256 over what a cell's figures depend on besides its settings: the sources of bdcore and of its plugins, and
+    the run's options as they are where the cell sets none."""
     attacks = [config.attack] if config.attack else []
     plugins = [chosen.plugin.code for chosen in (config.dataset, *attacks, *config.defenses)]
-    return digest([*(_source(file) for file in files), *plugins])[:16]
+    options = config.record()["run"] | {"device": None}
+    return digest([*(_source(file) for file in staging.sources()), *plugins, options])[:16]
 
 
 _SOURCES: dict[Path, str] = {}
