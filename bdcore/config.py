@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from bdcore.contract import Attack, DatasetPlugin, PluginConfig
-from bdcore.errors import UsageError, unknown_name
+from bdcore.errors import PluginError, UsageError, unknown_name
 from bdcore.models import check_name
 from bdcore.training import Recipe
 
@@ -57,8 +57,8 @@ class RunSettings(Settings):
     model: str = Field("wrn16_1", description="architecture of the victim")
     victim: Literal["trained", "fine_tuned"] = Field(
         "trained",
-        description="trained on the poisoned set; or a clean classifier, fine-tuned with poison_rate of every batch "
-        "poisoned anew",
+        description="trained on the poisoned set; or a clean classifier, fine-tuned on batches of which on average the "
+        "share that the attack poisons of the set is poisoned, anew each time",
     )
     fine_tuning_lr: float = Field(1e-3, gt=0, le=10, description="learning rate of the victim that is fine-tuned")
     fine_tuning_epochs: int = Field(10, ge=1, le=10_000, description="passes over the data of that fine-tuning")
@@ -310,6 +310,8 @@ def _choose_dataset(
     argument = flag.partition(":")[2] if flag else ""
     # The file's argument belongs to the file's data set.
     kept = written.argument if name == (written.dataset or _DEFAULT_DATASET) else None
+    if name not in host.find():
+        raise PluginError(f"{unknown_name('data set', name, _of_kind(host, 'dataset'))} `bdcore plugins` lists them.")
     return host.load(name, kind="dataset"), argument or kept
 
 
@@ -323,9 +325,15 @@ def _choose_attack(host: "Host", named: Sequence["Loaded"], no_attack: bool) -> 
         return attacks[0] if attacks else None
     if not any(plugin.kind == "defense" for plugin in named):
         raise UsageError(
-            f"nothing to run: name a defense or an attack with --plugin. Installed: {', '.join(sorted(host.find()))}."
+            f"nothing to run: name a defense ({', '.join(_of_kind(host, 'defense'))}) or an attack "
+            f"({', '.join(_of_kind(host, 'attack'))}) with --plugin."
         )
     return host.load(_DEFAULT_ATTACK, kind="attack")
+
+
+def _of_kind(host: "Host", kind: str) -> list[str]:
+    """Names of the installed plugins of a kind that can be used; imports all."""
+    return [str(row["name"]) for row in host.listing() if row["kind"] == kind]
 
 
 def _check_fine_tuned(attack: "Loaded | None") -> None:

@@ -101,6 +101,9 @@ class Offer:
     def find(self):
         return dict.fromkeys(KINDS)
 
+    def listing(self):
+        return [{"name": name, "kind": kind, "status": "ok"} for name, (kind, _) in KINDS.items()]
+
     def load(self, name, kind=None):
         if name not in KINDS or kind not in (None, KINDS[name][0]):
             raise PluginError(f"no {kind or 'plugin'} {name}")
@@ -184,7 +187,8 @@ def test_what_cannot_be_together():
 def test_nothing_to_run_lists_what_there_is(plugins):
     said = refused(*plugins)
     assert "--plugin" in said
-    assert "badnets, blended, digits, photos, prune, tune, watch" in said
+    assert "a defense (prune, tune) or an attack (badnets, blended)" in said
+    assert "digits" not in said
 
 
 def test_dataset_argument_stays_as_given():
@@ -193,6 +197,7 @@ def test_dataset_argument_stays_as_given():
     assert resolve("prune", dataset="photos").dataset_argument is None
     assert "attack" not in resolve("prune", dataset="photos", no_attack=True).record()
     assert "badnets" in refused("prune", dataset="badnets")
+    assert "unknown data set 'photo'. Did you mean photos? Valid: digits, photos." in refused("prune", dataset="photo")
 
 
 def test_later_wins(tmp_path: Path):

@@ -275,8 +275,13 @@ def test_folder_classes_by_number(photos: Path):
 def test_folder_names_what_is_wrong(photos: Path, tmp_path: Path):
     with pytest.raises(DataError, match="folder needs a folder: write --dataset folder:DIR"):
         load_folder(None)
-    with pytest.raises(DataError, match=r"nowhere has no folder train or test: images belong in train/CLASS"):
+    with pytest.raises(
+        DataError, match=r"there is no folder .*nowhere: name the one that holds train/CLASS and test/CLASS"
+    ):
         load_folder(tmp_path / "nowhere")
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(DataError, match=r"bare has no folder train or test: images belong in train/CLASS"):
+        load_folder(tmp_path / "bare")
     put(photos / "test/yak/1.png", "red")
     with pytest.raises(DataError, match="differ in their classes: only one of them has yak"):
         load_folder(photos)
@@ -372,7 +377,7 @@ def test_cifar10_default_folder_is_in_the_cache(
 
 
 def test_cifar10_does_not_download_unasked(tmp_path: Path):
-    with pytest.raises(DataError, match=r"is not there in .*--set dataset.download=true.*--dataset cifar10:ROOT"):
+    with pytest.raises(DataError, match=r"is not there in .*--dataset cifar10:ROOT.*--set dataset.download=true"):
         Cifar10(Cifar10.Config()).load(str(tmp_path))
     assert list(tmp_path.iterdir()) == []
 

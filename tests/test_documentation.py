@@ -59,6 +59,7 @@ class Judge(Defense):
         found: bool = Field(True, description="whether there is a backdoor")
 
     def inspect(self, given, context):
+        context.warn("what is said was known beforehand")
         scale = torch.nn.Linear(1, 1)
         loss = lambda batch: scale(batch["labels"][:, None].float()).square().mean()
         fit("look", scale, {"labels": given.clean.labels}, loss, Recipe(epochs=2, lr=1e-3), context)
@@ -336,9 +337,11 @@ def test_code_that_is_shown_runs(page: str, number: int, world: Path, capsys: py
         )
         assert status == 3
         Path("scan.json").write_text(out)
+    if "clean-report" in code:
+        assert isolated()[0] == 0
     names: dict[str, Any] = {}
     exec(compile(code.replace('"mcldef', '"prune').replace("mcldef.", "prune."), page, "exec"), names)
-    if "load_file" in code or "torchvision.models" in code:
+    if "load_state_dict" in code:
         model = names["model"]
         assert not model.training
         assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
@@ -480,6 +483,25 @@ def test_the_page_names_the_files_of_a_folder(records: Mapping[str, list[dict[st
     )
 
 
+def isolated() -> tuple[int, str, str]:
+    """The command of the page that hands over a training set."""
+    (shown,) = [line for line in shell_lines(OWN) if line.startswith("bdcore defend --plugin abl --arch")]
+    arguments = shlex.split(shown)[2:]
+    return call("defend", *arguments, *quick("defend", arguments))
+
+
+def test_suspects_that_are_shown_are_files(world: Path):
+    _, out, said = isolated()
+    (shown,) = [one for one in blocks(OWN, "text") if one.startswith("abl: ")]
+    assert [plain(line) for line in out.splitlines()] == [plain(line) for line in shown.splitlines()], said
+    listed = Path("clean-report/abl-suspects.txt").read_text("utf-8").splitlines()
+    assert len(listed) == 2
+    assert all(Path(file).is_file() and file.startswith("downloaded/") for file in listed)
+    kept = load_file("clean-report/abl-suspects.safetensors")
+    by_name = sorted(Path("downloaded").glob("*/*.png"), key=lambda file: (file.parent.name, file.name))
+    assert [str(by_name[place]) for place in kept["scores"].argsort(descending=True).tolist()[:2]] == listed
+
+
 def plain(line: str) -> str:
     """A line of output without what differs from model to model."""
     line = re.sub(r"^Looked at \S+|\w+\.pt\b", "NAME", line)
@@ -581,6 +603,7 @@ MESSAGES = {
         "--out",
         "results/mine",
     ),
+    "judges no model: it trains one on data": ("scan", "--plugin", "abl", *MODEL, "--clean", "folder:photos"),
     "needs the training set that may be poisoned": ("defend", "--plugin", "abl", "--arch", "wrn10_1"),
     "a training set needs labels": (
         "defend",

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -76,6 +77,24 @@ def bdcore_defense():
     return Sorter
 """
 
+# Holds the darkest images to be poisoned, and lists them by their places.
+DARK = """
+import torch
+from bdcore import Defense, Outcome, Suspects, hookimpl
+
+class Dark(Defense):
+    name = "dark"
+    needs = frozenset({"suspect", "arch"})
+
+    def __call__(self, given, context):
+        scores = -given.suspect.images.float().mean((1, 2, 3))
+        return Outcome(suspects=Suspects(scores.argsort(descending=True)[:5].sort().values, scores))
+
+@hookimpl
+def bdcore_defense():
+    return Dark
+"""
+
 NETWORKS = """
 from torch import nn
 
@@ -92,6 +111,7 @@ def asked(
     """Run a command line in this process: (exit code, stdout, stderr)."""
     site.add("bd-judge", {"judge": "bd_judge"}, {"bd_judge.py": JUDGE})
     site.add("bd-sorter", {"sorter": "bd_sorter"}, {"bd_sorter.py": SORTER})
+    site.add("bd-dark", {"dark": "bd_dark"}, {"bd_dark.py": DARK})
     (site.folder / "networks_of_mine.py").write_text(NETWORKS)
     monkeypatch.setenv("BDCORE_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
@@ -193,6 +213,14 @@ class TestScan:
         )  # fmt: skip
         assert (status, out) == (1, "")
         assert "judge cannot judge this model" in err
+
+    def test_a_plugin_that_judges_no_model_is_told_where_it_belongs(self, asked: Callable[..., Any], model: Path):
+        asks = ["--model", str(model), *MINE, "--clean", "folder:photos"]
+        status, out, err = asked("scan", "--plugin", "sorter", *asks)
+        assert (status, out) == (2, "")
+        instead = "bdcore defend --plugin sorter --arch NAME --suspect DATA"
+        assert f"plugin 'sorter' judges no model: it trains one on data. Instead: {instead}" in err
+        assert "give --suspect" not in err
 
     def test_images_without_classes(self, asked: Callable[..., Any], model: Path):
         flat = Path("flat")
@@ -304,6 +332,31 @@ class TestDefend:
         assert trigger["class_name"] == "red"
         assert 0 <= trigger["asr_after"] <= 1
 
+    @pytest.mark.parametrize("names", [("blue", "green", "grey", "red"), ("10", "2", "9", "0")])
+    def test_suspects_are_listed_by_their_files_the_most_suspicious_first(
+        self, names: tuple[str, ...], asked: Callable[..., Any], images: Tensor
+    ):
+        for old, new in zip(("blue", "green", "grey", "red"), names, strict=True):
+            Path("photos", old).rename(Path("photos", new))
+        (Path("photos") / names[0] / "below").mkdir()
+        (Path("photos") / names[0] / "7.png").rename(Path("photos") / names[0] / "below" / "0.png")
+        asks = ["defend", "--plugin", "dark", "--arch", "wrn10_1", "--suspect", "folder:photos"]
+        status, _, said = asked(*asks, "--out", "new.safetensors")
+        assert status == 0, said
+        listed = Path("new-report/dark-suspects.txt").read_text().splitlines()
+        brightness = {path: float(np.asarray(Image.open(path)).mean()) for path in Path().glob("photos/**/*.png")}
+        assert [Path(path) for path in listed] == sorted(brightness, key=lambda path: brightness[path])[:5]
+
+    def test_suspects_that_are_no_files_are_named_by_their_places(self, asked: Callable[..., Any], images: Tensor):
+        np.savez("set.npz", x=images.numpy(), y=np.arange(40) // 10)
+        asks = ["defend", "--plugin", "dark", "--arch", "wrn10_1", "--suspect", "npz:set.npz"]
+        status, out, said = asked(*asks, "--out", "new.safetensors")
+        assert status == 0, said
+        assert "look at these first: new-report/dark-suspects.safetensors\n" in out
+        assert not Path("new-report/dark-suspects.txt").exists()
+        darkest = images.float().mean((1, 2, 3)).argsort()[:5]
+        assert set(load_file("new-report/dark-suspects.safetensors")["index"].tolist()) == set(darkest.tolist())
+
     def test_several_defenses_each_get_the_model_as_it_was(self, asked: Callable[..., Any], model: Path):
         status, _, _ = asked(
             "defend", "--plugin", "judge", "--plugin", "finetune", "--set", "finetune.epochs=1", "--model", str(model),
@@ -327,13 +380,20 @@ class TestDefend:
             "new.safetensors",
         )
         assert status == 0
-        assert "sorter: 4 training images look poisoned." in out
+        said = "sorter: set aside 4 of 40 training images as the most suspicious, of clean data perhaps as many; "
+        assert f"{said}look at these first: new-report/sorter-suspects.txt\n" in out
         arch = Architecture(**json.loads(Path("new.json").read_text())["arch"])
         assert (arch.classes, tuple(arch.shape)) == (4, (3, 12, 12))
         model = build(arch, 0)
         model.load_state_dict(load_file("new.safetensors"))
         for ours, theirs in zip(model.state_dict().values(), build(arch, 3).state_dict().values(), strict=True):
             assert torch.equal(ours, theirs)
+
+    def test_the_form_of_a_model_that_is_trained_here(self, asked: Callable[..., Any], images: Tensor):
+        asks = ["--plugin", "sorter", "--arch", "wrn10_1", "--suspect", "folder:photos", "--out", "new.pt"]
+        status, _, err = asked("defend", *asks)
+        assert status == 2
+        assert "--out new.pt: what is written is safetensors; name it *.safetensors." in err
 
     @pytest.mark.parametrize(
         ("arguments", "says"),
@@ -348,13 +408,17 @@ class TestDefend:
             (["--model", "net.pt", *MINE, "--clean", "folder:photos", "--out", "net.pt"], "exists already"),
             (["--model", "net.pt", *MINE, "--clean", "folder:photos", "--size", "0"], "--size 0: must be"),
             (["--model", "net.pt", *MINE, "--clean", "folder:photos", "--normalize", "imagnet"], "imagenet"),
-            (["--model", "net.pt", *MINE, "--clean", "folder:absent"], "absent"),
+            (["--model", "net.pt", *MINE, "--clean", "folder:absent"], "folder absent: name the one that holds the"),
+            (["--model", "net.pt", *MINE, "--clean", "npz:no.npz"], "no file no.npz: name a .npz file, which numpy"),
+            (["--model", "net.pt", *MINE, "--clean", "folder:absent", "--normalize", "imagnet"], "unknown normalis"),
+            (["--model", "notes.txt", *MINE, "--clean", "folder:photos"], "name the file with the model's weights"),
             (["--model", "net.pt", *MINE, "--clean", "folder:photos", "--plugin", "badnets"], "is of kind attack"),
         ],
     )
     def test_wrong_use_is_one_line_and_leaves_nothing(
         self, arguments: list[str], says: str, asked: Callable[..., Any], model: Path
     ):
+        Path("notes.txt").write_text("no weights")
         there = sorted(Path().rglob("*"))
         status, out, err = asked("defend", "--plugin", "judge", *arguments)
         assert (status, out) == (2, "")

@@ -435,6 +435,8 @@ def test_a_bad_run_folder_is_one_error_and_nothing_is_written(
 def test_a_missing_folder_is_named(tmp_path: Path):
     with pytest.raises(UsageError, match="no run folder"):
         report(tmp_path / "absent")
+    with pytest.raises(UsageError, match=r"has no record\.json\. `bdcore run` prints where its record is"):
+        report(tmp_path)
 
 
 def test_results_that_cannot_be_written_are_one_error_and_leave_nothing(runs: list[Path], tmp_path: Path):

@@ -64,6 +64,9 @@ def test_pixels_labels_and_order_are_those_of_torchvision(root: Path):
     assert ours.labels.tolist() == theirs.targets
     assert torch.equal(ours.images, torch.stack([image for image, _ in theirs]))
     assert len(Labelled(ours.images, ours.labels)) == 9
+    assert ours.paths == tuple(path for path, _ in theirs.samples)
+    few = read(root, size=(24, 24), limit=3)
+    assert torch.equal(few.images, ours.images[[ours.paths.index(path) for path in few.paths]])
     assert ours.skipped == 0
 
 

@@ -91,7 +91,9 @@ def _read_json(file: Path) -> Mapping[str, Any]:
     if not file.parent.is_dir():
         raise UsageError(f"there is no run folder {file.parent}. `bdcore run` prints where its record is.")
     if not file.is_file():
-        raise UsageError(f"{file.parent} is no run folder: it has no record.json. `bdcore run` prints where its is.")
+        raise UsageError(
+            f"{file.parent} is no run folder: it has no record.json. `bdcore run` prints where its record is."
+        )
     try:
         value = json.loads(file.read_bytes())
     except OSError as error:

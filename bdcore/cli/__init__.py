@@ -22,6 +22,7 @@ COMMANDS = {
     "report": "Show runs on one HTML page, several compared.",
     "new": "Write a plugin's pip package to start from.",
     "plugins": "List all plugins, and why one cannot be used.",
+    "options": "List every option, of a run, of training and of each plugin.",
     "doctor": "Show versions, devices, cache, plugins and operators.",
 }
 """Each command with the line that `bdcore --help` shows."""

@@ -77,14 +77,14 @@ def _describe_defense(defense: Mapping[str, Any], record: Mapping[str, Any], fol
         towards = "" if verdict["target"] is None else f" towards class {named(verdict)}"
         yield f"{name}: the model is {f'backdoored{towards}' if verdict['backdoored'] else 'not backdoored'}."
     if defense["isolation"] is not None:
-        yield f"{name}: {defense['isolation']['isolated']:,} training images look poisoned."
+        yield _describe_isolation(name, defense["isolation"], record, folder)
     for trigger in defense["triggers"]:
         if trigger["asr"] is not None:
             left = "" if trigger["asr_after"] is None else f", of the purified one {trigger['asr_after']:.1%}"
             picture = folder / record["figures"][figure_of(record, trigger)]
             yield (
-                f"{name}: a change worth {trigger['size']:g} pixels sends {trigger['asr']:.1%} of the images to class "
-                f"{named(trigger)} of the model as it came{left}: {picture}"
+                f"{name}: a change worth {trigger['size']:.1f} pixels sends {trigger['asr']:.1%} of the images to "
+                f"class {named(trigger)} of the model as it came{left}: {picture}"
             )
     if defense["model"] is None:
         yield f"{name}: nothing was changed, so no model was written."
@@ -96,3 +96,12 @@ def _describe_defense(defense: Mapping[str, Any], record: Mapping[str, Any], fol
     elif defense["agreement"] is not None:
         yield f"{name}: answers {defense['agreement']:.1%} of the clean images as the model did."
     yield f"{name}: wrote {defense['model']['path']}"
+
+
+def _describe_isolation(name: str, isolation: Mapping[str, Any], record: Mapping[str, Any], folder: Path) -> str:
+    """Not that these are poisoned: a method that sets a fixed share aside does so of clean data too."""
+    where = isolation["list"] or record["artifacts"][f"{name}-suspects"]["path"]
+    return (
+        f"{name}: set aside {isolation['isolated']:,} of {record['suspect']['images']:,} training images as the most "
+        f"suspicious, of clean data perhaps as many; look at these first: {folder / where}"
+    )

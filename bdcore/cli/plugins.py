@@ -4,11 +4,8 @@ import json
 from collections.abc import Sequence
 
 import click
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from bdcore.cli.table import show_table
 from bdcore.plugins import Host
 
 COLUMNS = ("name", "kind", "distribution", "version", "status")
@@ -30,13 +27,5 @@ def command(as_json: bool) -> None:
 
 def show(rows: Sequence[dict[str, str | None]]) -> None:
     """Print a listing as a table on stdout, where that is no terminal in plain lines that are never cut."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=100_000)
-    table = Table(box=SIMPLE_HEAD if console.is_terminal else None, pad_edge=False)
-    for column in COLUMNS:
-        table.add_column(column, overflow="fold", no_wrap=not console.is_terminal or column == "name")
-    for row in rows:
-        style = "" if row["status"] == "ok" else "red"
-        table.add_row(*(Text(row[column] or "-", style=style) for column in COLUMNS))
-    console.print(table)
+    styles = ["" if row["status"] == "ok" else "red" for row in rows]
+    show_table(COLUMNS, ([row[column] or None for column in COLUMNS] for row in rows), styles)

@@ -17,7 +17,7 @@ Examples:
   bdcore run --plugin badnets --plugin mcldef --dataset npz:cifar10.npz --out results/cifar10
   bdcore run --plugin mcldef --no-attack --json
 \b
-An unknown KEY is answered with the valid ones. A FILE.toml holds the same keys as tables:
+`bdcore options` describes every KEY. A FILE.toml holds the same keys as tables:
   plugins = ["badnets", "mcldef"]
   [train]
   epochs = 30""",

@@ -71,8 +71,8 @@ def describe(record: Mapping[str, Any], folder: Path) -> list[str]:
     for trigger in record["triggers"]:
         if trigger["asr"] is not None:
             lines.append(
-                f"A change worth {trigger['size']:g} pixels sends {trigger['asr']:.1%} of the images of other classes "
-                f"to class {named(trigger)}: {folder / record['figures'][figure_of(record, trigger)]}"
+                f"A change worth {trigger['size']:.1f} pixels sends {trigger['asr']:.1%} of the images of other "
+                f"classes to class {named(trigger)}: {folder / record['figures'][figure_of(record, trigger)]}"
             )
     if verdict["evidence"]:
         order = sorted(range(len(verdict["evidence"])), key=lambda one: -verdict["evidence"][one])[:3]
@@ -115,5 +115,5 @@ def reliability(calibration: Mapping[str, Any] | None) -> str:
         f"The confidence is calibrated on {calibration['models']} models of known truth ({calibration['on']}): "
         f"{hits:.0f} of {backdoored} backdoored ones were found, {alarms:.0f} of {clean} clean ones accused; AUROC "
         f"{calibration['auroc']:.2f}, Brier score {calibration['brier']:.3f}. Elsewhere it is an extrapolation, and "
-        "triggers that cover the whole image or differ from image to image are missed."
+        "triggers that cover the whole image or differ from image to image may be missed."
     )

@@ -31,6 +31,16 @@ def parse(text: str, channels: int) -> tuple[tuple[float, ...], tuple[float, ...
     Raises:
         UsageError: it is neither, a number is no number, or the count is neither 1 nor `channels`.
     """
+    mean, std = read(text)
+    if len(mean) not in (1, channels) or len(std) not in (1, channels):
+        raise UsageError(
+            f"--normalize {text}: {len(mean)} means and {len(std)} spreads for images of {channels} channels."
+        )
+    return _each(mean, channels), _each(std, channels)
+
+
+def read(text: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Means and spreads as `--normalize` writes them, for any number of channels; raises as `parse` does."""
     if text in NAMED:
         mean, std = NAMED[text]
     elif "/" in text:
@@ -42,11 +52,7 @@ def parse(text: str, channels: int) -> tuple[tuple[float, ...], tuple[float, ...
             raise UsageError(f"--normalize {text}: means must be finite and spreads above 0.")
     else:
         raise UsageError(f"{unknown_name('normalisation', text, NAMED)} Or write MEAN,.../STD,..., as 0.5/0.25.")
-    if len(mean) not in (1, channels) or len(std) not in (1, channels):
-        raise UsageError(
-            f"--normalize {text}: {len(mean)} means and {len(std)} spreads for images of {channels} channels."
-        )
-    return _each(mean, channels), _each(std, channels)
+    return mean, std
 
 
 def normalise(model: Classifier, arch: Architecture, mean: tuple[float, ...], std: tuple[float, ...]) -> Architecture:

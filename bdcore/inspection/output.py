@@ -47,10 +47,8 @@ def check_output(request: Request, folder: Path) -> None:
             raise UsageError(f"there is no folder {path.parent} for --out: make it, or choose another.")
         suffix = request.model.suffix if request.model else ".safetensors"
         if path.suffix != suffix:
-            raise UsageError(
-                f"--out {path}: what is written has the form of the model that came in"
-                f"{f' ({request.model})' if request.model else ''}; name it *{suffix}."
-            )
+            form = f"has the form of the model that came in ({request.model})" if request.model else "is safetensors"
+            raise UsageError(f"--out {path}: what is written {form}; name it *{suffix}.")
 
 
 def write_model(path: Path, model: nn.Module, subject: Subject) -> str:

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from bdcore.artifacts import Need
 from bdcore.config import Chosen, Settings, choose
 from bdcore.contract import Defense
 from bdcore.errors import UsageError
+from bdcore.inspection.normalisation import read
 from bdcore.models import check_name
 
 if TYPE_CHECKING:
@@ -116,6 +118,8 @@ def ask(
     )  # fmt: skip
     for defense in request.defenses:
         needs = cast(type[Defense], defense.plugin.cls).needs
+        if command == "scan":
+            _check_judging(defense.plugin.name, needs)
         for need, given, option in (
             ("model", model, "--model FILE"),
             ("clean", clean, "--clean DATA"),
@@ -123,6 +127,8 @@ def ask(
         ):
             if need in needs and given is None:
                 raise UsageError(f"plugin {defense.plugin.name!r} needs {_WHAT[need]}: give {option}.")
+    if normalize is not None:
+        read(normalize)
     if model is not None and not model.exists():
         raise UsageError(f"there is no file {model}: --model names the checkpoint to look at.")
     if arch is not None:
@@ -130,6 +136,18 @@ def ask(
     elif model is None:
         raise UsageError(f"bdcore {command} needs --arch where there is no --model: which network shall be trained?")
     return request
+
+
+def _check_judging(name: str, needs: frozenset[Need]) -> None:
+    """Raise where a plugin cannot judge a model by clean images, saying what to do with it instead."""
+    if "model" in needs and "suspect" not in needs:
+        return
+    reason = "needs the training set as well, which a scan does not take"
+    if "model" not in needs:
+        reason = "judges no model: it trains one on data"
+    options = {"model": "--model FILE", "arch": "--arch NAME", "clean": "--clean DATA", "suspect": "--suspect DATA"}
+    given = " ".join(option for need, option in options.items() if need in needs)
+    raise UsageError(f"plugin {name!r} {reason}. Instead: bdcore defend --plugin {name} {given}")
 
 
 _WHAT = {"model": "a model", "clean": "clean images", "suspect": "the training set that may be poisoned"}

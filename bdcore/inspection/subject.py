@@ -39,6 +39,7 @@ class Subject:
         whole: whether the checkpoint is of a whole `Classifier`, as bdcore writes it, with its normalisation.
         normalisation: how the model normalises, in words.
         predicted: int64 [N], the model's answers on `clean`; None where there is no model or no clean image.
+        suspect_files: of each image of `suspect` its file; empty where images are not files of their own.
     """
 
     victim: Victim
@@ -50,6 +51,7 @@ class Subject:
     whole: bool
     normalisation: str
     predicted: Tensor | None
+    suspect_files: tuple[str, ...] = ()
 
     @property
     def accuracy(self) -> float | None:
@@ -98,13 +100,14 @@ def read_subject(request: Request, context: Context) -> Subject:
         arch, said = _normalised(request, model, arch, clean, context)
     names = samples.classes if len(samples.classes) == arch.classes else ()
     own = suspect and _labelled("suspect", suspect, suspect.labels, arch.classes)
+    files = suspect.paths if suspect is not None else ()
     if clean is None:
-        return Subject(Victim(model, arch), checkpoint, None, own or None, names, False, whole, said, None)
+        return Subject(Victim(model, arch), checkpoint, None, own or None, names, False, whole, said, None, files)
     predicted = answers(model, clean.images, context)
     data = _labelled("clean", clean, predicted if clean.labels is None else clean.labels, arch.classes)
     subject = Subject(
         Victim(model, arch), checkpoint, data, own or None, names, clean.labels is not None, whole, said,
-        predicted if checkpoint else None,
+        predicted if checkpoint else None, files,
     )  # fmt: skip
     if subject.accuracy is not None and subject.accuracy < max(_DOUBTFUL, 2 / arch.classes):
         context.warn(

@@ -158,7 +158,10 @@ def _explain(file: BinaryIO) -> None:
     if _is_pickle(content):
         check_imports(content)
         raise Refused("it is a plain pickle, which torch.save did not write: save the state dict with torch.save")
-    raise Refused("it is no safetensors file and none of torch.save")
+    raise Refused(
+        "it is no safetensors file and none of torch.save: name the file with the model's weights, or save its state "
+        "dict with torch.save"
+    )
 
 
 def _is_pickle(content: bytes) -> bool:

@@ -57,7 +57,7 @@ def find(path: Path) -> Found:
 
 def _names(path: Path) -> list[str]:
     if not os.path.isfile(path):
-        raise DataError(f"there is no file {path}")
+        raise DataError(f"there is no file {path}: name a .npz file, which numpy.savez writes")
     with _opened(path) as file:
         return list(file.files)
 

@@ -122,7 +122,7 @@ def _listed(folder: Path) -> tuple[list[str], list[str], int]:
             else:
                 skipped += 1
     except (FileNotFoundError, ValueError) as error:  # a path may hold what no path can
-        raise DataError(f"there is no folder {folder}") from error
+        raise DataError(f"there is no folder {folder}: name the one that holds the images") from error
     except OSError as error:
         raise DataError(f"folder {folder} cannot be read: {error.strerror}") from error
     return files, folders, skipped

@@ -14,7 +14,7 @@ from bdcore.errors import DataError
 from bdcore.samples import arrays, folders, torchvision_sets
 from bdcore.samples.decoding import Form
 from bdcore.samples.mapped import stored
-from bdcore.samples.pictures import Found
+from bdcore.samples.pictures import Files, Found
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Samples:
         labels: int64 [N], or None.
         classes: names of the classes by number; empty where they have none.
         skipped: how many files and folders beside the images were left out: hidden ones and what is no image.
+        paths: of each image's file, below the folder as it was named; empty where images are not files of their own.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Samples:
     labels: Tensor | None
     classes: tuple[str, ...]
     skipped: int = 0
+    paths: tuple[str, ...] = ()
 
 
 def read_samples(
@@ -87,7 +89,8 @@ def read_samples(
     images = found.pictures.as_they_are(form)
     if images is None:
         images = stored(found.pictures, form, found.name, progress)
-    return Samples(found.name, images, found.labels, found.classes, found.skipped)
+    paths = tuple(found.pictures.paths) if isinstance(found.pictures, Files) else ()
+    return Samples(found.name, images, found.labels, found.classes, found.skipped, paths)
 
 
 def draw(labels: Tensor | None, count: int, limit: int, seed: int) -> NDArray[np.int64]:

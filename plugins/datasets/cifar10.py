@@ -62,8 +62,8 @@ class Cifar10(DatasetPlugin):
             return f"CIFAR-10 could not be downloaded to {root}: {error}"
         state = "is damaged" if (root / CIFAR10.base_folder).exists() else "is not there"
         return (
-            f"CIFAR-10 {state} in {root} (folder {CIFAR10.base_folder}): download it with --set dataset.download=true,"
-            " or name another folder with --dataset cifar10:ROOT"
+            f"CIFAR-10 {state} in {root} (folder {CIFAR10.base_folder}): name the folder that holds it with --dataset "
+            "cifar10:ROOT; `bdcore run` downloads it with --set dataset.download=true"
         )
 
 

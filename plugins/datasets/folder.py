@@ -40,6 +40,11 @@ class Folder(DatasetPlugin):
                 "folder needs a folder: write --dataset folder:DIR, with DIR/train/CLASS/* and DIR/test/CLASS/*"
             )
         root = Path(os.path.expanduser(argument))
+        if not os.path.isdir(root):
+            raise DataError(
+                f"there is no folder {root}: name the one that holds train/CLASS and test/CLASS, with --dataset "
+                "folder:DIR"
+            )
         lacking = [part for part in ("train", "test") if not os.path.isdir(root / part)]
         if lacking:
             raise DataError(f"{root} has no folder {' or '.join(lacking)}: images belong in train/CLASS and test/CLASS")
