@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
-from math import sqrt
+from math import inf, sqrt
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -81,14 +81,18 @@ def markdown(rows: Sequence[Row]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
+def spread(values: Sequence[float], least: float = -inf, most: float = inf) -> dict[str, float]:
     """Number and mean of values; of three or more also their standard deviation and the 95% interval of the mean by
-    Student's t."""
+    Student's t, cut off at the least and the most that a value can be."""
     found = {"n": len(values), "mean": mean(values)}
     if len(values) >= 3:
         deviation = stdev(values)
         half = float(student.ppf(0.975, len(values) - 1)) * deviation / sqrt(len(values))
-        found |= {"sd": deviation, "low": found["mean"] - half, "high": found["mean"] + half}
+        found |= {
+            "sd": deviation,
+            "low": max(found["mean"] - half, least),
+            "high": min(found["mean"] + half, most),
+        }
     return found
 
 

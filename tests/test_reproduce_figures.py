@@ -64,13 +64,12 @@ def read_table(text: str) -> list[dict[str, str]]:
     return [dict(zip(lines[0], row, strict=True)) for row in lines[2:]]
 
 
-def interval(values: list[float]) -> str:
-    """Mean, standard deviation and 95% interval of the mean, in percent."""
+def interval(values: list[float], least: float = 0) -> str:
+    """Mean, standard deviation and 95% interval of the mean, in percent, of what is no less and at most 100."""
     percent = 100 * np.array(values)
     half = student.ppf(0.975, len(percent) - 1) * percent.std(ddof=1) / sqrt(len(percent))
-    return (
-        f"{percent.mean():.1f} ± {percent.std(ddof=1):.1f} [{percent.mean() - half:.1f}, {percent.mean() + half:.1f}]"
-    )
+    low, high = np.clip([percent.mean() - half, percent.mean() + half], least, 100)
+    return f"{percent.mean():.1f} ± {percent.std(ddof=1):.1f} [{low:.1f}, {high:.1f}]"
 
 
 def test_means_spread_and_differences(render: Any):
@@ -98,7 +97,7 @@ def test_means_spread_and_differences(render: Any):
     assert abl["BA published"] == "86.11 (nine)"
     assert abl["BA difference"] == f"{100 * (np.mean(after) + 0.01) - 86.11:+.1f}"
     further = sections["Further figures"]
-    assert further[1]["BA change"] == interval([a - b for a, b in zip(after, ba, strict=True)])
+    assert further[1]["BA change"] == interval([a - b for a, b in zip(after, ba, strict=True)], -100)
     assert further[1]["DER"] == interval(rating)
     assert further[1]["images"] == "300"
     assert further[0]["BA, other classes"] == interval(nine)

@@ -5,6 +5,7 @@ and 95% interval of the mean. Cells that failed or were not run add nothing to a
 """
 
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import Any
 
 from bdcore.analysis.summary import COLLAPSE
@@ -55,7 +56,7 @@ def pooled(made: Sequence[Row], table: Table, published: Mapping[tuple[str, str]
         attacks = [part["asr"]["mean"] for part in parts]
         beside = published.get(("", column.name))
         worst = min(attacks) if column.name == BEFORE else max(attacks)
-        over = spread(attacks)
+        over = spread(attacks, 0, 100)
         verdicts = [part["verdict"] for part in parts if part["verdict"]]
         found.append(
             {
@@ -68,9 +69,9 @@ def pooled(made: Sequence[Row], table: Table, published: Mapping[tuple[str, str]
                 "missing": sum(part["missing"] for part in parts),
                 "asr": over,
                 "worst": worst,
-                "ba": spread([part["ba"]["mean"] for part in parts]),
+                "ba": spread([part["ba"]["mean"] for part in parts], 0, 100),
                 "ba_change": _over([part["ba_change"] for part in parts]),
-                "seconds": spread([part["seconds"]["mean"] for part in parts]),
+                "seconds": spread([part["seconds"]["mean"] for part in parts], 0),
                 "verdict": {name: sum(one[name] for one in verdicts) for name in ("right", "of")} if verdicts else None,
                 "published": _published(beside),
                 "difference": {
@@ -110,12 +111,12 @@ def _row(case: Case, column: Column, found: Found, seeds: Sequence[int], beside:
         **accuracy,
         "ba_change": change,
         "ra": _figure(done, "ra"),
-        "der": _spread([_percent(_part(result).get("der")) for result in done]),
-        "seconds": _spread([_part(result)["seconds"] for result in done]),
+        "der": _spread([_percent(_part(result).get("der")) for result in done], 0, 100),
+        "seconds": _spread([_part(result)["seconds"] for result in done], 0),
         "images": _spread([_part(result)["images"] for result in done]),
         "peak_memory_bytes": _spread([_part(result)["peak_memory_bytes"] for result in done]),
         "poison": done[0]["poison"] if done else None,
-        "isolation_precision": _spread([_isolation(result) for result in done]),
+        "isolation_precision": _spread([_isolation(result) for result in done], 0, 100),
         "verdict": _verdicts(done),
         "collapsed": bool(change and change["mean"] < -COLLAPSE),
         "published": _published(beside),
@@ -144,7 +145,7 @@ def _part(result: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _figure(done: Sequence[Mapping[str, Any]], key: str) -> Row | None:
-    return _spread([_percent(_part(result)[key]) for result in done])
+    return _spread([_percent(_part(result)[key]) for result in done], 0, 100)
 
 
 def _change(result: Mapping[str, Any]) -> float:
@@ -168,9 +169,9 @@ def _published(beside: Published | None) -> Row | None:
     return {name: getattr(beside, name) for name in ("asr", "accuracy", "nine", "worst", "source")}
 
 
-def _spread(values: Sequence[float | None]) -> Row | None:
+def _spread(values: Sequence[float | None], least: float = -inf, most: float = inf) -> Row | None:
     present = [value for value in values if value is not None]
-    return spread(present) if present else None
+    return spread(present, least, most) if present else None
 
 
 def _over(spreads: Sequence[Row | None]) -> Row | None:

@@ -141,9 +141,9 @@ def _notes(table: Table, made: Sequence[Row], over: Sequence[Row]) -> list[str]:
     sources = {row["published"]["source"]: None for row in [*made, *over] if row["published"]}
     notes = [
         "In percent, mean over seeds; of three or more: mean ± standard deviation [95% interval of the mean by "
-        "Student's t]. ASR: triggered test images of the other classes sent to the target. BA: accuracy on all clean "
-        "test images; nine classes: without the target class, as some papers count it, and then compared with that. "
-        "Differences are ours minus published.",
+        "Student's t, cut off at 0 and 100]. ASR: triggered test images of the other classes sent to the target. BA: "
+        "accuracy on all clean test images; nine classes: without the target class, as some papers count it, and then "
+        "compared with that. Differences are ours minus published.",
         "BA change: against the undefended victim of the same seed. RA: triggered images given their true class. DER: "
         "defense effectiveness rating. Verdict: targets found, or on clean models false targets. Isolation precision: "
         "share of the isolated samples that are poisoned. Images: thousands through the network. Peak memory: of the "
