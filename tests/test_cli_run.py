@@ -139,7 +139,7 @@ def test_without_attack_the_harm_is_shown(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "name a defense or an attack with --plugin"),
+        ([], "nothing to run: name a defense (abl, finetune, mcldef, mesa) or an attack (badnets, "),
         (["--plugin", "mcldeff"], "Did you mean mcldef?"),
         (
             ["--plugin", "badnets", "--set", "train.epochs=0"],

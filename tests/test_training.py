@@ -273,7 +273,7 @@ class TestResume:
         context = Context(folder=tmp_path, warn=said.append, report=lambda progress: told.append(progress.epoch))
         train(resumed, recipe, context)
         assert len(said) == 1
-        assert said[0].startswith("checkpoint t.safetensors is damaged")
+        assert said[0].startswith("checkpoint t.safetensors was damaged")
         assert told == [1, 2, 3, 4]
         for name, value in straight.state_dict().items():
             assert torch.equal(resumed.state_dict()[name], value), name
