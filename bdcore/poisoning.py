@@ -23,7 +23,7 @@ def batch_shares(samples: int, shares: Sequence[float], device: torch.device) ->
 
     A share that is no whole number of samples is rounded up or down at random, so that its mean is as asked for: of
     12.8 samples 12 are certain, and one more in 8 of 10 cases. One draw decides for all shares, so that a larger one
-    holds a smaller one. It is made on the CPU, by the default generator, which `fit` seeds and restores.
+    holds a smaller one. It is of the CPU's default generator, which `fit` seeds and restores.
 
     Args:
         samples: in the batch, which is in random order.
@@ -33,8 +33,8 @@ def batch_shares(samples: int, shares: Sequence[float], device: torch.device) ->
     Returns:
         For each share: which samples belong to it, bool [samples], and how many those can be at most.
     """
-    place = torch.arange(samples) + torch.rand(())
-    return [((place < samples * share).to(device), min(ceil(samples * share), samples)) for share in shares]
+    place = torch.arange(samples, device=device) + torch.rand(()).item()
+    return [(place < samples * share, min(ceil(samples * share), samples)) for share in shares]
 
 
 def read_picture(path: Path, channels: int, height: int, width: int) -> Tensor:

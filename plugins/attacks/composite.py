@@ -81,7 +81,7 @@ class Composite(Attack):
             images = pool[members.draw(wanted)]
             if not given.recipe.flip:
                 return images
-            turned = torch.rand(len(images), 1, 1, 1).to(images.device) < 0.5
+            turned = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
             return torch.where(turned, images.flip(3), images)
 
         def loss(batch: Batch) -> dict[str, Tensor]:
@@ -92,7 +92,7 @@ class Composite(Attack):
             first = torch.where(chosen, partners(rule[:1].expand(fewer)), images[:fewer])
             first = torch.cat([first, images[fewer:most]])
             second = partners(torch.where(poisoned, rule[1], labels)[:most])
-            draws = torch.rand(4, most, dtype=torch.float64).to(images.device)
+            draws = torch.rand(4, most, dtype=torch.float64, device=images.device)
             mixes = torch.where(mixed[:most].view(-1, 1, 1, 1), mix(first, second, draws), images[:most])
             labels = torch.where(poisoned, config.target, labels)
             logits = victim(torch.cat([mixes, images[most:]])).float()
@@ -229,7 +229,7 @@ class _Members:
 
     def draw(self, wanted: Tensor) -> Tensor:
         """The number of a random sample of each class in `wanted`, int64 [B]."""
-        draws = torch.rand(len(wanted), dtype=torch.float64).to(wanted.device)  # the same on every device
+        draws = torch.rand(len(wanted), dtype=torch.float64, device=wanted.device)
         return self.order[self.starts[wanted] + (draws * self.sizes[wanted]).long()]
 
 

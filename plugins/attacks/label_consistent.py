@@ -74,8 +74,7 @@ class LabelConsistent(CleanLabelAttack):
 
         def loss(batch: Batch) -> dict[str, Tensor]:
             images, labels = batch["images"] / 255, batch["labels"]
-            noise = torch.rand_like(images, device="cpu").to(images.device)  # the same on every device
-            start = (images + (2 * noise - 1) * epsilon).clamp(0, 1)
+            start = (images + (2 * torch.rand_like(images) - 1) * epsilon).clamp(0, 1)
             # In eval mode, so that BatchNorm's statistics are of the images that are trained on.
             attacked = _ascend(model.eval(), images, labels, start, epsilon, 1.75 * epsilon / steps, steps)
             logits = model.train()(attacked).float()

@@ -75,8 +75,7 @@ class WaNet(Attack):
             images, samples = batch["images"], len(batch["images"])
             shares = (config.poison_rate, config.poison_rate * (1 + config.cross_ratio))
             (poisoned, _), (warped, most) = batch_shares(samples, shares, images.device)
-            # Drawn on the CPU, so that it is the same on every device.
-            noise = 2 * torch.rand(most, height, width, 2, dtype=torch.float64).to(images.device) - 1
+            noise = 2 * torch.rand(most, height, width, 2, dtype=torch.float64, device=images.device) - 1
             noise = torch.where(poisoned[:most].view(-1, 1, 1, 1), 0, noise)
             moved = warp(images[:most], (grid + noise / size).clamp(-1, 1))
             images = torch.cat([torch.where(warped[:most].view(-1, 1, 1, 1), moved, images[:most]), images[most:]])
