@@ -62,6 +62,7 @@ from bdcore import (
     Trigger,
     frozen_copy,
     hookimpl,
+    patch_side,
 )
 
 from .approximator import Approximator, Form
@@ -273,7 +274,7 @@ class MESA(Defense):
                 "all clean images are of one class: whether a trigger sends images elsewhere cannot be measured on "
                 "them. Use a larger run.clean_fraction."
             )
-        side = min(max(1, round(config.patch * min(height, width) / 32)), height, width)
+        side = patch_side(config.patch, height, width)
         return channels, side, side
 
 
