@@ -112,7 +112,7 @@ class Stages:
         finally:
             _LISTENER.reset(token)
         if told.warnings:
-            self.warnings[stage] = told.warnings
+            self.warnings.setdefault(stage, []).extend(told.warnings)  # some run again for every defense
         self.host.hook.bdcore_stage_finished(stage=stage, cached=told.cached, seconds=meter.seconds)
 
 

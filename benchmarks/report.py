@@ -128,10 +128,6 @@ def surroundings() -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":
-    main()
-
-
 def _commit() -> str | None:
     """The commit that these sources are of, with a plus where they differ from it; None where there is no history."""
     try:
@@ -145,3 +141,7 @@ def _commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return found.stdout.strip()
+
+
+if __name__ == "__main__":
+    main()
