@@ -5,31 +5,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from run_observer import Observer
 from sklearn.datasets import load_digits
 
-from bdcore import DataError, hookimpl
+from bdcore import DataError
 from bdcore.config import resolve
 from bdcore.errors import UsageError
 from bdcore.pipeline import run
 from bdcore.plugins import Host
 
 SAMPLES = 200
-
-
-class Watcher:
-    """Which stages finished and which trained something."""
-
-    def __init__(self) -> None:
-        self.finished: list[str] = []
-        self.trained: list[str] = []
-
-    @hookimpl
-    def bdcore_stage_finished(self, stage: str) -> None:
-        self.finished.append(stage)
-
-    @hookimpl
-    def bdcore_epoch_finished(self, stage: str) -> None:
-        self.trained.append(stage)
 
 
 @pytest.fixture
@@ -40,7 +25,7 @@ def scans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def go(
-    folder: Path, attack: str | None, *settings: str, watcher: Watcher | None = None, without: int | None = None
+    folder: Path, attack: str | None, *settings: str, observer: Observer | None = None, without: int | None = None
 ) -> dict[str, Any]:
     """A quick run on digits of 8 x 8 pixels, perhaps without test images of one class."""
     images, labels = load_digits(return_X_y=True)
@@ -51,7 +36,7 @@ def go(
         y_test=labels[parts[1]][kept],
     )  # fmt: skip
     host = Host()
-    host.observe(watcher or Watcher())
+    host.observe(observer or Observer())
     config = resolve(
         host, plugins=[attack] if attack else [], no_attack=attack is None, dataset=f"npz:{folder / 'digits.npz'}",
         model="wrn10_1", device="cpu", precision="fp32", settings=["train.epochs=2", *settings], out=folder / "out",
@@ -69,18 +54,18 @@ def go(
     ],
 )
 def test_impossible_wishes_are_refused_before_any_training(scans: Path, attack: str, settings: list[str], says: str):
-    watcher = Watcher()
+    observer = Observer()
     with pytest.raises(UsageError, match=says):
-        go(scans, attack, *settings, watcher=watcher)
-    assert watcher.finished == ["data"]
-    assert watcher.trained == []
+        go(scans, attack, *settings, observer=observer)
+    assert [stage for stage, _ in observer.stages] == ["data"]
+    assert observer.epochs == []
 
 
 def test_classes_without_test_images_are_refused_before_any_training(scans: Path):
-    watcher = Watcher()
+    observer = Observer()
     with pytest.raises(DataError, match="no image of class 2 to mix"):
-        go(scans, "composite", watcher=watcher, without=2)
-    assert watcher.trained == []
+        go(scans, "composite", observer=observer, without=2)
+    assert observer.epochs == []
 
 
 class TestCost:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from PIL import Image
+from run_observer import Observer
 from sklearn.datasets import load_digits
 
-from bdcore import hookimpl
 from bdcore.analysis.page import render
 from bdcore.analysis.runs import read_run
 from bdcore.cli import main
@@ -27,44 +27,6 @@ if TYPE_CHECKING:
 QUICK = ("train.epochs=2", "finetune.epochs=1", "finetune.min_steps=1")
 FEATURES = ["evaluate features", "evaluate features"]  # the victim's and the purified model's
 STAGES = ["data", "poison", "train", "evaluate", "defend finetune", "evaluate", *FEATURES]
-
-
-class Observer:
-    """What a run told."""
-
-    def __init__(self) -> None:
-        self.stages: list[tuple[str, bool]] = []
-        self.warnings: list[str] = []
-        self.epochs: list[str] = []
-        self.ends: list[str] = []
-
-    @hookimpl
-    def bdcore_stage_finished(self, stage: str, cached: bool) -> None:
-        self.stages.append((stage, cached))
-
-    @hookimpl
-    def bdcore_epoch_finished(self, stage: str) -> None:
-        self.epochs.append(stage)
-
-    @hookimpl
-    def bdcore_warning(self, message: str) -> None:
-        self.warnings.append(message)
-
-    @hookimpl
-    def bdcore_run_started(self) -> None:
-        self.ends.append("started")
-
-    @hookimpl
-    def bdcore_run_finished(self) -> None:
-        self.ends.append("finished")
-
-    @hookimpl
-    def bdcore_run_failed(self) -> None:
-        self.ends.append("failed")
-
-    @property
-    def computed(self) -> list[str]:
-        return [stage for stage, cached in self.stages if not cached]
 
 
 @pytest.fixture(scope="module")
